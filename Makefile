@@ -1,0 +1,58 @@
+# make demo    train on the built-in pictures (about 3 minutes on two cores), then time the loss
+# make test    the whole test suite
+# make bench   every benchmark, with the results in bench/results/
+# make lint    ruff, mypy, clang-format
+# make sanitize  the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+# make gpu-check OUT=folder   on a machine with a GPU: build, test every backend, benchmark
+#
+# Each creates .venv when it is missing and installs what changed since the last time.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= gpu-check
+BIN := $(VENV)/bin
+SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# Two threads that spin while they wait for each other cost more than they bring: PyTorch too is faster this way.
+export OMP_WAIT_POLICY ?= passive
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test bench lint format sanitize gpu-check clean
+
+$(VENV)/.dependencies: pyproject.toml constraints.txt
+	@echo "== creating $(VENV) and installing dependencies (a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,triton]"
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+	@echo "== compiling csrc/ (CUDA too where nvcc is found; MLFAST_CUDA=0 leaves it out)"
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/mlfast backends
+	@touch $@
+
+demo: $(VENV)/.built
+	$(BIN)/mlfast train --output runs/demo --overwrite
+	@echo "== the loss alone: reference, torch.compile, mlfast (smaller is better)"
+	$(BIN)/python -m pytest bench/bench_aam_loss.py --quick -q
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.built
+	$(BIN)/python -m pytest bench
+
+lint: $(VENV)/.dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.dependencies
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf build *.egg-info mlfast/_native*.so

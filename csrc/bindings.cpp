@@ -1,0 +1,74 @@
+// mlfast._native: the only file that knows Python. Tensors arrive as addresses, sizes and dtype codes, so the module
+// needs no torch to build and one build serves every torch version. The GIL is released around every kernel.
+#include <pybind11/pybind11.h>
+
+#include "cpu/aam_loss.h"
+#ifdef MLFAST_CUDA
+#include "cuda/aam_loss.h"
+#endif
+
+namespace py = pybind11;
+using mlfast::cpu::DType;
+
+namespace {
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+void aam_loss_cpu(uintptr_t cos, int cos_type, uintptr_t target, int target_type, uintptr_t class_weight,
+                  uintptr_t loss, uintptr_t grad, uintptr_t inv_known, int64_t rows, int64_t classes, double scale,
+                  double margin, double weight_pos, double weight_neg, double gamma_pos, double gamma_neg,
+                  double prob_shift, double label_smoothing, bool elementwise) {
+  const mlfast::cpu::LossTask task{rows,
+                                   classes,
+                                   pointer(cos),
+                                   static_cast<DType>(cos_type),
+                                   pointer(target),
+                                   static_cast<DType>(target_type),
+                                   pointer(class_weight),
+                                   label_smoothing,
+                                   pointer(loss),
+                                   pointer(grad),
+                                   pointer(inv_known),
+                                   elementwise};
+  const mlfast::cpu::AamOptions options{scale, margin, weight_pos, weight_neg, gamma_pos, gamma_neg, prob_shift};
+  py::gil_scoped_release release;
+  mlfast::cpu::aam_loss(task, options);
+}
+
+void scale_grad_cpu(uintptr_t grad, int grad_type, uintptr_t factor, int factor_type, int64_t n) {
+  py::gil_scoped_release release;
+  mlfast::cpu::scale_grad(pointer(grad), static_cast<DType>(grad_type), pointer(factor),
+                          static_cast<DType>(factor_type), n);
+}
+
+const char* instruction_set() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) return "AVX-512";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "AVX2";
+#endif
+  return "baseline";
+}
+
+int max_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Compiled kernels of mlfast; call them through mlfast.functional.";
+  m.def("aam_loss_cpu", &aam_loss_cpu);
+  m.def("scale_grad_cpu", &scale_grad_cpu);
+  m.def("instruction_set", &instruction_set, "The instruction set that the CPU kernels use on this machine.");
+  m.def("max_threads", &max_threads, "The number of OpenMP threads the CPU kernels may use.");
+#ifdef MLFAST_CUDA
+  m.attr("cuda_archs") = MLFAST_CUDA_ARCHS;
+  m.def("aam_loss_cuda", &mlfast::cuda::aam_loss_python);
+#else
+  m.attr("cuda_archs") = "";
+#endif
+}

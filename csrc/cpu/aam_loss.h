@@ -1,0 +1,20 @@
+// The CPU entry points of aam_loss. Pointers are to contiguous tensors.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "elementwise_loss.h"
+
+namespace mlfast::cpu {
+
+struct AamOptions {
+  double scale, margin, weight_pos, weight_neg, gamma_pos, gamma_neg, prob_shift;
+};
+
+void aam_loss(const LossTask& task, const AamOptions& options);
+
+// grad *= *factor, in place; reads and writes nothing else when the factor is 1, the usual case of loss.backward().
+void scale_grad(void* grad, DType grad_type, const void* factor, DType factor_type, int64_t n);
+
+}  // namespace mlfast::cpu

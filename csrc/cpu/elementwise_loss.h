@@ -1,0 +1,206 @@
+// The frame that elementwise multi-label losses share: read tiles of scores and targets, apply a formula in float (or
+// double), write gradients, reduce deterministically. A loss supplies only its formula.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <type_traits>
+
+#include "dtype.h"
+#include "parallel.h"
+
+namespace mlfast::cpu {
+
+// How the targets of a tile can be read: all 0, 1 or unknown (< 0), or any value in [0, 1].
+enum class Labels { kHard, kSoft };
+
+struct LossTask {
+  int64_t rows, classes;
+  const void* scores;
+  DType scores_type;
+  const void* target;
+  DType target_type;
+  const void* class_weight;  // [classes] in the computing type, or null
+  double label_smoothing;
+  void* loss;  // one value, or [rows, classes] if elementwise; in the computing type
+  void* grad;  // [rows, classes] in the type of the scores, or null
+  void*
+      inv_known;  // for the mean over known labels: receives 1 / their number, by which the loss is multiplied; or null
+  bool elementwise;
+};
+
+// Tiles of scores, targets, losses, gradients and weights together fill a third of a 32 KiB L1 cache.
+constexpr int64_t kTile = 512;
+
+template <typename T, typename From>
+MLFAST_SIMD void read_hard_labels(const From* __restrict target, T* __restrict y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = target[i] > From(0) ? T(1) : (target[i] < From(0) ? T(-1) : T(0));
+}
+
+template <typename T>
+MLFAST_SIMD bool all_hard(const T* __restrict y, int64_t n) {
+  int soft = 0;
+  for (int64_t i = 0; i < n; ++i) soft |= ((y[i] > T(0)) & (y[i] != T(1))) | (y[i] != y[i]);
+  return soft == 0;
+}
+
+template <typename T>
+MLFAST_SIMD void smooth(T* __restrict y, T epsilon, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T softened = y[i] == T(0) ? epsilon : y[i] * (T(1) - epsilon);
+    y[i] = y[i] < T(0) ? y[i] : softened;
+  }
+}
+
+template <typename T>
+MLFAST_SIMD int64_t count_known(const T* __restrict y, int64_t n) {
+  int32_t known = 0;
+  for (int64_t i = 0; i < n; ++i) known += y[i] < T(0) ? 0 : 1;
+  return known;
+}
+
+template <typename T>
+MLFAST_SIMD void multiply(T* __restrict x, const T* __restrict by, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= by[i];
+}
+
+// Sixteen running sums, so that the order of additions is the same for every instruction set.
+template <typename T>
+MLFAST_SIMD double sum(const T* __restrict x, int64_t n) {
+  T lanes[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int j = 0; j < 16; ++j) lanes[j] += x[i + j];
+  for (int j = 0; i + j < n; ++j) lanes[j] += x[i + j];
+  double total = 0;
+  for (int j = 0; j < 16; ++j) total += static_cast<double>(lanes[j]);
+  return total;
+}
+
+// Elements [begin, begin + n) of the flat scores in the computing type: the tensor itself where it has that type,
+// otherwise a converted copy in `buffer`.
+template <typename T>
+const T* load_scores(const LossTask& task, int64_t begin, int64_t n, T* buffer) {
+  const T* tile = buffer;
+  with_type(task.scores_type, [&](auto* type) {
+    using From = std::remove_pointer_t<decltype(type)>;
+    const From* from = static_cast<const From*>(task.scores) + begin;
+    if constexpr (std::is_same_v<From, T>) {
+      tile = from;
+    } else {
+      convert(from, buffer, n);
+    }
+  });
+  return tile;
+}
+
+template <typename T>
+struct TargetTile {
+  const T* y;
+  Labels labels;
+};
+
+// The same for targets. Integer targets are hard by definition; others are looked at, which costs little in L1 and
+// spares the caller a promise about the values.
+template <typename T>
+TargetTile<T> load_target(const LossTask& task, int64_t begin, int64_t n, T* buffer) {
+  TargetTile<T> tile{buffer, Labels::kHard};
+  const bool smoothed = task.label_smoothing > 0;
+  with_type(task.target_type, [&](auto* type) {
+    using From = std::remove_pointer_t<decltype(type)>;
+    const From* from = static_cast<const From*>(task.target) + begin;
+    if constexpr (std::is_integral_v<From>) {
+      read_hard_labels(from, buffer, n);
+      return;
+    } else if constexpr (std::is_same_v<From, T>) {
+      if (smoothed) {
+        std::copy_n(from, n, buffer);
+      } else {
+        tile.y = from;
+      }
+    } else {
+      convert(from, buffer, n);
+    }
+    if (!all_hard(tile.y, n)) tile.labels = Labels::kSoft;
+  });
+  if (smoothed) {
+    smooth(buffer, static_cast<T>(task.label_smoothing), n);
+    tile.labels = Labels::kSoft;
+  }
+  return tile;
+}
+
+// The weights of elements [begin, begin + n): the class weights, repeated row by row.
+template <typename T>
+void load_class_weight(const LossTask& task, int64_t begin, int64_t n, T* buffer) {
+  const T* weight = static_cast<const T*>(task.class_weight);
+  int64_t column = begin % task.classes;
+  for (int64_t i = 0; i < n;) {
+    const int64_t run = std::min(n - i, task.classes - column);
+    std::copy_n(weight + column, run, buffer + i);
+    i += run;
+    column = 0;
+  }
+}
+
+// One tile on its way: what it needs of L1, and what it adds to the result.
+template <typename T, typename Formula>
+struct TileWorker {
+  const LossTask& task;
+  const Formula& formula;
+  alignas(64) T scores[kTile], y[kTile], loss[kTile], grad[kTile], weight[kTile];
+  double loss_sum = 0;
+  int64_t known = 0;
+
+  TileWorker(const LossTask& t, const Formula& f) : task(t), formula(f) {}
+
+  void run(int64_t begin, int64_t n) {
+    const bool direct_grad =
+        task.grad && task.scores_type == (std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32);
+    T* grad_out = direct_grad ? static_cast<T*>(task.grad) + begin : grad;
+    T* loss_out = task.elementwise ? static_cast<T*>(task.loss) + begin : loss;
+    const T* c = load_scores(task, begin, n, scores);
+    const TargetTile<T> target = load_target(task, begin, n, y);
+
+    formula(target.labels, c, target.y, loss_out, grad_out, n);
+    if (task.class_weight) {
+      load_class_weight(task, begin, n, weight);
+      multiply(loss_out, weight, n);
+      multiply(grad_out, weight, n);
+    }
+    if (!task.elementwise) loss_sum += sum(loss_out, n);
+    if (task.inv_known) known += count_known(target.y, n);
+    if (task.grad && !direct_grad) store_grad(begin, n);
+  }
+
+  void store_grad(int64_t begin, int64_t n) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (task.scores_type == DType::kBFloat16) convert(grad, static_cast<BFloat16*>(task.grad) + begin, n);
+      if (task.scores_type == DType::kFloat16) convert(grad, static_cast<Float16*>(task.grad) + begin, n);
+    }
+  }
+};
+
+template <typename T, typename Formula>
+void elementwise_loss(const LossTask& task, const Formula& formula) {
+  const int64_t total = task.rows * task.classes;
+  double loss[kMaxChunks] = {};
+  int64_t known[kMaxChunks] = {};
+  for_chunks(total, [&](int64_t chunk, int64_t begin, int64_t end) {
+    TileWorker<T, Formula> worker(task, formula);
+    for (int64_t i = begin; i < end; i += kTile) worker.run(i, std::min(kTile, end - i));
+    loss[chunk] = worker.loss_sum;
+    known[chunk] = worker.known;
+  });
+  if (task.elementwise) return;
+  double factor = 1;
+  if (task.inv_known) {
+    const int64_t count = std::accumulate(known, known + kMaxChunks, int64_t{0});
+    factor = 1.0 / static_cast<double>(std::max<int64_t>(count, 1));
+    *static_cast<T*>(task.inv_known) = static_cast<T>(factor);
+  }
+  *static_cast<T*>(task.loss) = static_cast<T>(factor * std::accumulate(loss, loss + kMaxChunks, 0.0));
+}
+
+}  // namespace mlfast::cpu

@@ -1,0 +1,48 @@
+// Work split into chunks whose size depends on the problem alone, so results are bit-equal for any number of threads.
+//
+// Plain OpenMP: the extension loads the libgomp that torch has loaded, so both share one pool and
+// torch.set_num_threads counts here too.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace mlfast::cpu {
+
+// Waking a second thread costs about as much as 16 thousand elements of a loss.
+constexpr int64_t kElementsPerThread = 16384;
+constexpr int64_t kMaxChunks = 256;
+constexpr int64_t kSmallestChunk = 8192;
+
+inline int64_t chunk_size(int64_t n) {
+  const int64_t even = (n + kMaxChunks - 1) / kMaxChunks;
+  return std::max(kSmallestChunk, (even + 1023) / 1024 * 1024);
+}
+
+inline int threads_for(int64_t n) {
+#ifdef _OPENMP
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(omp_get_max_threads(), n / kElementsPerThread)));
+#else
+  return 1;
+#endif
+}
+
+// Calls body(chunk, begin, end) for each chunk of [0, n).
+template <typename Body>
+void for_chunks(int64_t n, const Body& body) {
+  const int64_t size = chunk_size(n);
+  const int64_t chunks = (n + size - 1) / size;
+  const int threads = threads_for(n);
+  if (threads == 1) {
+    for (int64_t c = 0; c < chunks; ++c) body(c, c * size, std::min(n, (c + 1) * size));
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t c = 0; c < chunks; ++c) body(c, c * size, std::min(n, (c + 1) * size));
+}
+
+}  // namespace mlfast::cpu

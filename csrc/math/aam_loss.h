@@ -1,0 +1,131 @@
+// The asymmetric angular-margin (AAM) loss of one element and its derivative, shared by host and device code.
+//
+// With u = s(c - m), v = -s(c + m), p+ = sigmoid(u), p- = sigmoid(v), q = min(p- + shift, 1):
+//
+//   loss = -(1/s) * [ k * y * q^gamma_pos * log p+  +  (1 - k) * (1 - y) * p+^gamma_neg * log q ]
+//
+// Both terms have the form -(weight / s) * focus^gamma * log(own), so with the derivatives (per unit of u) of the two
+// logarithms the gradient is -weight * focus^gamma * (own' + gamma * focus' * log(own)). docs/aam_loss.md derives it.
+#pragma once
+
+#include "elementary.h"
+
+namespace mlfast {
+
+// What depends on the side, positive or negative, of an element.
+template <typename T>
+struct AamSide {
+  T weight;  // k or 1 - k, times any constant of the reduction
+  T gamma;
+  T floor[3];  // for gamma = 0..7 with binary digits b: 1 - b, see focus_weight
+};
+
+template <typename T>
+struct AamParams {
+  T scale, inv_scale, margin, shift;
+  AamSide<T> positive, negative;
+};
+
+template <typename T>
+struct LossGrad {
+  T loss, grad;
+};
+
+// How the focusing weight is computed: not at all, as an integer power of 1 or 3 binary digits, or as exp(gamma * log).
+enum Focus { kFocusNone = 0, kFocusPower1 = 1, kFocusPower7 = 3, kFocusReal = 8 };
+
+// base^gamma for a base in [0, 1]. Integer powers need no branch though gamma differs from lane to lane: the digit b
+// of gamma contributes max(base^2^i, 1 - b), which is base^2^i or 1.
+template <int F, typename T>
+MLFAST_HD T focus_weight(T base, T log_base, const AamSide<T>& side) {
+  if (F == kFocusNone) return T(1);
+  if (F == kFocusReal) return math::exp_nonpositive(side.gamma * log_base);
+  T weight = math::at_least(base, side.floor[0]);
+  if (F == kFocusPower7) {
+    const T base2 = base * base;
+    weight *= math::at_least(base2, side.floor[1]) * math::at_least(base2 * base2, side.floor[2]);
+  }
+  return weight;
+}
+
+template <typename T>
+MLFAST_HD AamSide<T> choose(bool positive, const AamParams<T>& a) {
+  AamSide<T> side;
+  side.weight = positive ? a.positive.weight : a.negative.weight;
+  side.gamma = positive ? a.positive.gamma : a.negative.gamma;
+  for (int i = 0; i < 3; ++i) side.floor[i] = positive ? a.positive.floor[i] : a.negative.floor[i];
+  return side;
+}
+
+// Hard target, no probability shift. Without a margin u = -v, so one exponential and one logarithm serve both sides.
+template <bool Margin, int F, typename T>
+MLFAST_HD LossGrad<T> aam_hard(T cos, bool positive, const AamParams<T>& a) {
+  const AamSide<T> side = choose(positive, a);
+  const T sign = positive ? T(1) : T(-1);
+  const T signed_cos = sign * cos;
+  const math::Sigmoid<T> own = math::sigmoid(a.scale * (signed_cos - a.margin));
+  T focus = own.complement, log_focus = own.log_complement, focus_complement = own.p;
+  if (Margin && F != kFocusNone) {
+    const math::Sigmoid<T> other = math::sigmoid(-a.scale * (signed_cos + a.margin));
+    focus = other.p, log_focus = other.log_p, focus_complement = other.complement;
+  }
+  const T weight = side.weight * focus_weight<F>(focus, log_focus, side);
+  T slope = own.complement;
+  if (F != kFocusNone) slope -= side.gamma * focus_complement * own.log_p;
+  return {-a.inv_scale * weight * own.log_p, -sign * weight * slope};
+}
+
+// Hard target with a probability shift: q = min(p- + shift, 1) takes the place of p-. Where q reaches 1 a negative has
+// exactly zero loss and gradient.
+template <bool Margin, int F, typename T>
+MLFAST_HD LossGrad<T> aam_shifted(T cos, bool positive, const AamParams<T>& a) {
+  const math::Sigmoid<T> u = math::sigmoid(a.scale * (cos - a.margin));
+  T p_minus = u.complement, p_minus_slope = -u.complement * u.p;
+  if (Margin) {
+    const math::Sigmoid<T> v = math::sigmoid(-a.scale * (cos + a.margin));
+    p_minus = v.p, p_minus_slope = -v.p * v.complement;
+  }
+  const T raised = p_minus + a.shift;
+  const bool open = raised < T(1);
+  const T q = math::at_most(raised, T(1));
+  const T log_q = math::log_positive(q);
+  const T log_q_slope = open ? p_minus_slope / q : T(0);
+
+  const T log_own = positive ? u.log_p : log_q;
+  const T own_slope = positive ? u.complement : log_q_slope;
+  const T log_focus = positive ? log_q : u.log_p;
+  const T focus_slope = positive ? log_q_slope : u.complement;
+  const AamSide<T> side = choose(positive, a);
+  const T weight = side.weight * focus_weight<F>(positive ? q : u.p, log_focus, side);
+  return {-a.inv_scale * weight * log_own, -weight * (own_slope + side.gamma * focus_slope * log_own)};
+}
+
+// Any target in [0, 1]: both terms, with exponent gamma_pos*y + gamma_neg*(1-y) over the base q*y + p+*(1-y).
+template <typename T>
+MLFAST_HD LossGrad<T> aam_soft(T cos, T y, const AamParams<T>& a) {
+  const math::Sigmoid<T> u = math::sigmoid(a.scale * (cos - a.margin));
+  const math::Sigmoid<T> v = math::sigmoid(-a.scale * (cos + a.margin));
+  const bool shifted = a.shift > T(0);
+  const T raised = v.p + a.shift;
+  const bool open = raised < T(1);
+  const T q = math::at_most(raised, T(1));
+  const T log_q = shifted ? math::log_positive(q) : v.log_p;
+  const T log_q_slope = shifted ? (open ? -v.p * v.complement / q : T(0)) : -v.complement;
+
+  const T not_y = T(1) - y;
+  const T gamma = a.positive.gamma * y + a.negative.gamma * not_y;
+  const T terms = a.positive.weight * y * u.log_p + a.negative.weight * not_y * log_q;
+  const T terms_slope = a.positive.weight * y * u.complement + a.negative.weight * not_y * log_q_slope;
+
+  // At y = 0 and y = 1 the base is one sigmoid, whose logarithm stays exact where the sigmoid itself underflows.
+  const T mixed = q * y + u.p * not_y;
+  const T base = math::at_least(mixed, T(1e-37));
+  const T mixed_slope = (q * y * log_q_slope + u.p * not_y * u.complement) / base;
+  const T log_base = y == T(1) ? log_q : (y == T(0) ? u.log_p : math::log_positive(base));
+  const T log_base_slope = y == T(1) ? log_q_slope : (y == T(0) ? u.complement : mixed_slope);
+
+  const T focus = math::exp_nonpositive(gamma * log_base);
+  return {-a.inv_scale * focus * terms, -focus * (terms_slope + gamma * log_base_slope * terms)};
+}
+
+}  // namespace mlfast

@@ -1,0 +1,15 @@
+"""mlfast: hand-fused kernels for multi-label image classification, with a lean trainer."""
+
+from pathlib import Path as _Path
+
+if not (_Path(__file__).parent / "kernels").exists():
+    # Run from the checkout without an install: the folder kernels/ beside this package is mlfast.kernels.
+    __path__.append(str(_Path(__file__).resolve().parent.parent))
+
+from mlfast import functional
+from mlfast.backends import backends, use_backend
+from mlfast.nn import AAMLoss, CosineLinear
+
+__version__ = "0.1.0"
+
+__all__ = ["AAMLoss", "CosineLinear", "__version__", "backends", "functional", "use_backend"]

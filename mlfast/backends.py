@@ -1,0 +1,174 @@
+"""Which backends exist on this machine, which one an op takes, and why one is missing.
+
+An op runs on the first backend of its tensor's device that is available here: ``cpu`` on the CPU, ``cuda`` and then
+``triton`` on a GPU, and the plain PyTorch ``reference`` where none of them is. A backend that the user asks for, by
+:func:`use_backend` or the environment variable ``MLFAST_BACKEND``, is the one that runs, or an error says why not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+try:
+    from mlfast import _native
+except ImportError as error:
+    _native = None
+    _native_error = str(error)
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+DEVICES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the backends for tensors of a device, the best first
+
+
+class BackendError(RuntimeError):
+    """A backend that was explicitly asked for cannot serve."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the ops.
+
+    Attributes:
+        name: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+        available: whether it can run on this machine.
+        detail: what it is here, or in words what is missing and how to get it.
+    """
+
+    name: str
+    available: bool
+    detail: str
+
+
+class Backends(tuple[Backend, ...]):
+    """The backends of this machine; prints as a table."""
+
+    def __str__(self) -> str:
+        return "\n".join(f"{'+' if b.available else '-'} {b.name:<10} {b.detail}" for b in self)
+
+
+def backends() -> Backends:
+    """What is available here, and for each missing backend the reason in words."""
+    return Backends(Backend(name, *_state(name)) for name in NAMES)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops inside the ``with`` block on one backend. It holds for the whole process, not only for this thread.
+
+    Args:
+        name: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+        BackendError: the backend is not available here.
+    """
+    global _requested
+    _check(name, "use_backend")
+    before, _requested = _requested, name
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def choose(device: torch.device) -> str:
+    """The name of the backend that an op on tensors of this device takes.
+
+    Raises:
+        BackendError: the backend that was asked for does not serve this device.
+    """
+    if _requested is None:
+        return _DEFAULT.get(device.type, "reference")
+    if not _serves(_requested, device.type):
+        raise BackendError(f"backend {_requested!r} was asked for, but it does not run on {device.type} tensors")
+    return _requested
+
+
+def is_exporting() -> bool:
+    """Whether a model is being exported, when every op takes its reference path: no exporter meets a custom op."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+
+
+def _serves(name: str, device_type: str) -> bool:
+    if name == "triton" and device_type == "cpu":
+        return _interpreting()
+    return name == "reference" or name in DEVICES.get(device_type, ())
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _default(device_type: str) -> str:
+    # That a tensor is on a device proves that the device is there, so nothing here has to ask the driver.
+    built = {
+        "cpu": _native is not None,
+        "cuda": _native is not None and bool(_native.cuda_archs),
+        "triton": importlib.util.find_spec("triton") is not None,
+    }
+    return next((name for name in DEVICES[device_type] if built[name]), "reference")
+
+
+def _state(name: str) -> tuple[bool, str]:
+    return {"reference": _reference, "cpu": _cpu, "triton": _triton, "cuda": _cuda}[name]()
+
+
+def _reference() -> tuple[bool, str]:
+    return True, f"plain PyTorch {torch.__version__}, any device"
+
+
+def _cpu() -> tuple[bool, str]:
+    if _native is None:
+        return False, (
+            f"the compiled kernels are missing ({_native_error}). Install a C++ compiler "
+            "(Debian: apt-get install g++), then: pip install --force-reinstall --no-deps --no-cache-dir mlfast"
+        )
+    return True, f"C++ kernels with {_native.instruction_set()}, {torch.get_num_threads()} threads"
+
+
+def _triton() -> tuple[bool, str]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed; it comes with CUDA builds of torch (or: pip install triton)"
+    if _interpreting():
+        return True, "interpreted on the CPU (TRITON_INTERPRET=1): for tests, very slow"
+    if not torch.cuda.is_available():
+        return False, f"no GPU: {_why_no_gpu()}"
+    return True, f"compiled for {torch.cuda.get_device_name()}"
+
+
+def _cuda() -> tuple[bool, str]:
+    if _native is None:
+        return False, "the compiled kernels are missing, see cpu"
+    if not _native.cuda_archs:
+        return False, (
+            "built without CUDA: nvcc was not found at install (or MLFAST_CUDA=0). Install the CUDA toolkit, then: "
+            "MLFAST_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir mlfast"
+        )
+    if not torch.cuda.is_available():
+        return False, f"built for compute capability {_native.cuda_archs}, but no GPU: {_why_no_gpu()}"
+    return True, f"built for compute capability {_native.cuda_archs}, runs on {torch.cuda.get_device_name()}"
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    return "torch finds no CUDA device (is the driver installed, is CUDA_VISIBLE_DEVICES set?)"
+
+
+def _check(name: str, source: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {name!r}")
+    available, detail = _state(name)
+    if not available:
+        raise BackendError(f"{source}: backend {name!r} is not available here: {detail}")
+
+
+_DEFAULT = {device_type: _default(device_type) for device_type in DEVICES}
+_requested: str | None = os.environ.get("MLFAST_BACKEND") or None
+if _requested is not None:
+    _check(_requested, "MLFAST_BACKEND")

@@ -1,0 +1,6 @@
+"""Modules built on the ops of :mod:`mlfast.functional`."""
+
+from mlfast.nn.cosine_linear import CosineLinear
+from mlfast.nn.losses import AAMLoss
+
+__all__ = ["AAMLoss", "CosineLinear"]

@@ -1,0 +1,66 @@
+"""What the elementwise losses ask of their arguments, and what they say when it is not met."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from mlfast.ops.dtypes import CODES
+
+REDUCTIONS = ("sum", "mean", "batchmean", "none")
+
+
+def check_number(op: str, name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> None:
+    """Raises TypeError for what is not a number, ValueError for one that is not finite or not as expected."""
+    if not isinstance(value, (float, int)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__} {value!r}")
+    if not (-math.inf < value < math.inf and holds(value)):
+        raise ValueError(f"{op}: {name} must be {expected}, got {value}")
+
+
+def check_reduction(op: str, reduction: Any) -> None:
+    """Raises ValueError for an unknown reduction."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+
+
+def check_tensors(op: str, name: str, scores: Tensor, target: Tensor, class_weight: Tensor | None) -> None:
+    """Raises TypeError or ValueError unless the three fit together; ``name`` is what the op calls its scores."""
+    for argument, tensor in ((name, scores), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {argument} must be a tensor, got {type(tensor).__name__}")
+    if scores.dtype not in CODES or not scores.is_floating_point():
+        raise TypeError(f"{op}: {name} must be bfloat16, half, float32 or float64, got {scores.dtype}")
+    if target.shape != scores.shape:
+        raise ValueError(
+            f"{op}: target must have the shape of {name}, {tuple(scores.shape)}, got {tuple(target.shape)}; "
+            "pass one value per label, not class indices"
+        )
+    if scores.dim() == 0:
+        raise ValueError(f"{op}: {name} must have a dimension of classes, [..., K], got a scalar")
+    if target.device != scores.device:
+        raise ValueError(f"{op}: target must be on the device of {name}, {scores.device}, got {target.device}")
+    if target.dtype not in CODES:
+        raise TypeError(f"{op}: target must be bool, an integer or a float, got {target.dtype}")
+    if target.requires_grad:
+        raise ValueError(f"{op}: target must not require grad, there is no gradient by it; pass target.detach()")
+    if class_weight is not None:
+        _check_class_weight(op, name, scores, class_weight)
+
+
+def _check_class_weight(op: str, name: str, scores: Tensor, class_weight: Tensor) -> None:
+    if class_weight.shape != scores.shape[-1:]:
+        raise ValueError(
+            f"{op}: class_weight must have one value per class, [{scores.shape[-1]}], got {list(class_weight.shape)}"
+        )
+    if not class_weight.is_floating_point():
+        raise TypeError(f"{op}: class_weight must be floating point, got {class_weight.dtype}")
+    if class_weight.device != scores.device:
+        raise ValueError(
+            f"{op}: class_weight must be on the device of {name}, {scores.device}, got {class_weight.device}"
+        )
+    if class_weight.requires_grad:
+        raise ValueError(f"{op}: class_weight must not require grad, there is no gradient by it; detach it")

@@ -1,0 +1,22 @@
+"""Scratch memory for reductions on a GPU that finish in one launch."""
+
+import torch
+from torch import Tensor
+
+_cache: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def workspace_for(device: torch.device, num_bytes: int) -> Tensor:
+    """Zeroed device memory, which each kernel leaves as it found it.
+
+    One per stream, so that launches which may overlap do not share it. A CUDA graph gets its own, in the graph's
+    memory, because it may be replayed on any stream.
+    """
+    if device.type != "cuda":
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _cache or _cache[key].numel() < num_bytes:
+        _cache[key] = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    return _cache[key]

@@ -1,0 +1,137 @@
+"""Build of mlfast._native: csrc/ compiled by ninja, with CUDA where nvcc is found. Neither torch nor triton is needed.
+
+Environment:
+    MLFAST_CUDA           1: insist on CUDA, fail where it cannot be built; 0: leave it out; unset: if nvcc is found
+    MLFAST_CUDA_ARCHS     compute capabilities, e.g. "80;90"; PTX of the last one is added for later chips
+    CXX, NVCC             the compilers; CXXFLAGS is appended to the C++ flags
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_CUDA_ARCHS = "80;90;100"
+CXX_FLAGS = (
+    # Strict IEEE results except that floating-point exceptions and errno are not observable, without which no loop
+    # with a conditional vectorises. 512-bit vectors where the clone for AVX-512 runs (GCC prefers 256 by default).
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -fno-math-errno -fno-trapping-math -ffp-contract=fast"
+)
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler to use, or None to build without CUDA."""
+    wish = os.environ.get("MLFAST_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"MLFAST_CUDA must be 0, 1 or unset, got {wish!r}")
+    if wish == "0":
+        return None
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or (str(toolkit) if toolkit.exists() else None)
+    if nvcc is None and wish == "1":
+        raise SystemExit("MLFAST_CUDA=1 but nvcc was not found: install the CUDA toolkit, or set NVCC or CUDA_HOME")
+    return nvcc
+
+
+def cuda_arch_flags(nvcc: str) -> tuple[str, list[str]]:
+    """The compute capabilities to build for, and nvcc's flags for them."""
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = {line.removeprefix("compute_") for line in listing.split()}
+    wish = os.environ.get("MLFAST_CUDA_ARCHS")
+    archs = [a.strip().replace(".", "") for a in (wish or DEFAULT_CUDA_ARCHS).split(";") if a.strip()]
+    if wish and not set(archs) <= known:
+        raise SystemExit(f"MLFAST_CUDA_ARCHS={wish!r}: {nvcc} knows {', '.join(sorted(known, key=int))}")
+    archs = [a for a in archs if a in known]
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    return ";".join(archs), [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def cxx_flags() -> list[str]:
+    machine = sysconfig.get_platform()
+    flags = CXX_FLAGS.split()
+    if machine.endswith("x86_64"):
+        flags.append("-mprefer-vector-width=512")
+    if sys.platform.startswith("linux"):
+        flags.append("-fopenmp")
+    return flags + os.environ.get("CXXFLAGS", "").split()
+
+
+class NinjaBuild(build_ext):
+    """Compiles with ninja: in parallel, and anew only what changed, headers included."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        nvcc = find_nvcc()
+        try:
+            self.run_ninja(target, nvcc)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if nvcc is None or os.environ.get("MLFAST_CUDA") == "1":
+                raise  # an optional extension: setuptools reports it and installs the rest
+            print(f"mlfast: the build with CUDA failed ({error}); building the CPU kernels alone", file=sys.stderr)
+            self.run_ninja(target, None)
+
+    def run_ninja(self, target: Path, nvcc: str | None) -> None:
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(ninja_file(target, folder, nvcc))
+        subprocess.run([find_ninja(), "-C", str(folder)], check=True)
+
+
+def find_ninja() -> str:
+    import ninja
+
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
+def ninja_file(target: Path, folder: Path, nvcc: str | None) -> str:
+    import pybind11
+
+    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if cxx is None:
+        raise OSError("no C++ compiler found (g++, clang++ or $CXX)")
+    includes = [pybind11.get_include(), sysconfig.get_path("include")]
+    flags = [*cxx_flags(), *(f"-isystem {path}" for path in includes)]
+    sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    link = "-shared -fopenmp" if sys.platform.startswith("linux") else "-bundle -undefined dynamic_lookup"
+    rules = []
+    if nvcc:
+        archs, arch_flags = cuda_arch_flags(nvcc)
+        flags.append(f'"-DMLFAST_CUDA_ARCHS=\\"{archs}\\"" -DMLFAST_CUDA')
+        sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+        library = Path(nvcc).resolve().parent.parent / "lib64"
+        link += f" -L{library} -lcudart_static -ldl -lrt -lpthread"
+        nvcc_flags = ["-std=c++17 -O3 --use_fast_math=false -Xcompiler -fPIC -Xptxas -v", *arch_flags]
+        nvcc_flags[0] = nvcc_flags[0].replace(" --use_fast_math=false", "")
+        rules.append(
+            f"rule cuda\n  command = {nvcc} {' '.join(nvcc_flags)} -MD -MF $out.d -c $in -o $out\n"
+            "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in\n"
+        )
+    rules.append(
+        f"rule cxx\n  command = {cxx} {' '.join(flags)} -MD -MF $out.d -c $in -o $out\n"
+        "  depfile = $out.d\n  deps = gcc\n  description = c++ $in\n"
+    )
+    rules.append(f"rule link\n  command = {cxx} -o $out $in {link}\n  description = link $out\n")
+    objects = [folder / source.relative_to(ROOT).with_suffix(source.suffix + ".o") for source in sources]
+    builds = [
+        f"build {escape(obj)}: {'cuda' if source.suffix == '.cu' else 'cxx'} {escape(source)}"
+        for source, obj in zip(sources, objects, strict=True)
+    ]
+    builds.append(f"build {escape(target)}: link {' '.join(map(escape, objects))}")
+    return "\n".join([*rules, *builds, ""])
+
+
+def escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+setup(
+    ext_modules=[Extension("mlfast._native", sources=[], optional=True)],
+    cmdclass={"build_ext": NinjaBuild},
+)

@@ -1,0 +1,287 @@
+"""aam_loss: every backend against float64, by the policy of docs/correctness.md."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mlfast
+from mlfast.functional import aam_loss
+from mlfast.ops.aam_loss import Options, reference
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEFAULTS = Options(23.0, 0.0, 0.7, 1.0, 0.0, 0.0, 0.0, "sum")
+
+
+def example(rows, classes, dtype, kind, device="cpu", seed=0):
+    """Cosines, and targets of one kind: an integer type, or hard or soft floats; every kind but bool has unknowns."""
+    g = torch.Generator().manual_seed(seed)
+    cos = (torch.rand(rows, classes, generator=g) * 2 - 1).to(dtype)
+    target = (torch.rand(rows, classes, generator=g) < 0.1).float()
+    if kind == "soft":
+        target = torch.rand(rows, classes, generator=g)
+    unknown = torch.rand(rows, classes, generator=g) < 0.1
+    if kind != torch.bool:
+        target[unknown] = -1
+    if isinstance(kind, torch.dtype):
+        target = target.to(torch.int8).to(kind)
+    return cos.to(device), target.to(device)
+
+
+def loss_and_grad(cos, target, **options):
+    """The loss, and its gradient for an uneven incoming gradient, both in float64."""
+    cos = cos.detach().clone().requires_grad_()
+    loss = aam_loss(cos, target, **options)
+    incoming = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype, device=loss.device).view(loss.shape)
+    (grad,) = torch.autograd.grad(loss, cos, incoming)
+    return loss.detach().double().cpu(), grad.double().cpu()
+
+
+def assert_as_good_as_pytorch(cos, target, **options):
+    """Error at most twice that of plain PyTorch in the same dtype, plus four units in the last place."""
+    got = loss_and_grad(cos, target, **options)
+    weight = options.get("class_weight")
+    with mlfast.use_backend("reference"):
+        plain = loss_and_grad(cos, target, **options)
+        truth = loss_and_grad(cos.double(), target, **options | {"class_weight": weight})
+    for name, dtype, *values in zip(("loss", "grad"), (torch.float32, cos.dtype), got, plain, truth, strict=True):
+        mine, theirs, exact = values
+        dtype = torch.float64 if cos.dtype == torch.float64 else dtype
+        floor = 4 * torch.finfo(dtype).eps * exact.abs().max().item() + 1e-12
+        bound = 2 * (theirs - exact).abs().nan_to_num(nan=0, posinf=0).max().item() + floor
+        error = (mine - exact).abs().max().item()
+        assert error <= bound, f"{name} of {options}: error {error:.3g}, allowed {bound:.3g}"
+
+
+# ----------------------------------------------------------------------------------------------------- correctness
+
+GAMMAS = [(0.0, 0.0), (1.0, 0.0), (2.0, 1.0), (4.0, 3.0), (0.5, 0.3)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", ["hard", "soft", torch.int8])
+def test_formula(backend, device, dtype, kind):
+    cos, target = example(7, 81, dtype, kind, device)
+    for (gamma_neg, gamma_pos), margin, shift, scale in itertools.product(
+        GAMMAS, (0.0, 0.35), (0.0, 0.05), (23.0, 100.0)
+    ):
+        assert_as_good_as_pytorch(
+            cos, target, scale=scale, margin=margin, gamma_neg=gamma_neg, gamma_pos=gamma_pos, prob_shift=shift
+        )
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean", "none"])
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, "hard", "soft"])
+def test_targets_and_reductions(backend, device, reduction, kind):
+    cos, target = example(5, 33, torch.float32, kind, device)
+    weight = torch.linspace(0.1, 3, 33, device=device)
+    assert_as_good_as_pytorch(cos, target, reduction=reduction)
+    assert_as_good_as_pytorch(cos, target, reduction=reduction, class_weight=weight, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("target_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_float_target_types(backend, device, target_dtype):
+    for kind in ("hard", "soft"):
+        cos, target = example(5, 33, torch.float32, kind, device)
+        assert_as_good_as_pytorch(cos, target.to(target_dtype))
+
+
+COS = torch.tensor([[0.8, -0.3, 0.1, -0.9], [0.0, 0.5, -0.5, 0.2]], dtype=torch.float64)
+LABELS = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0]])
+RELEASED = dict(scale=23.0, k=0.7, gamma_neg=1.0, prob_shift=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (dict(scale=23.0, gamma_neg=0.0), 0.4504315070),
+        (RELEASED, 0.4134547910),
+        (dict(scale=17.0, gamma_neg=2.0, gamma_pos=1.0, prob_shift=0.05), 0.4139447842),
+        (dict(scale=23.0, gamma_neg=2.0, gamma_pos=1.0, prob_shift=0.05), 0.4090280892),
+        (dict(scale=25.0, prob_shift=0.05), 0.4107825175),
+        (dict(scale=23.0), 0.4424522000),
+        (dict(scale=23.0, gamma_neg=2.0, gamma_pos=1.0), 0.4370078185),
+        (dict(scale=30.0, margin=0.35, k=0.8, gamma_neg=0.0), 0.9616375919),
+    ],
+)
+def test_values_of_the_released_code(backend, device, options, expected):
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    loss = aam_loss(COS.to(device, dtype), LABELS.to(device), **options)
+    assert loss.item() == pytest.approx(expected, rel=3e-7 if dtype == torch.float32 else 1e-9)
+
+
+def test_gradient_of_the_released_code(backend, device):
+    cos = COS.clone().to(device).requires_grad_()
+    aam_loss(cos, LABELS.to(device), **RELEASED).backward()
+    expected = [[-1e-8, 0, 0.20866664, 0], [0.11301959, -7.09e-6, -0.69999291, 0.05713110]]
+    torch.testing.assert_close(cos.grad.cpu(), torch.tensor(expected, dtype=torch.float64), atol=2e-8, rtol=1e-6)
+
+
+def test_unknown_and_smoothing_of_the_released_code(backend, device):
+    unknown = torch.tensor([[1, 0, -1, 0], [0, 1, 1, -1]], device=device)
+    assert aam_loss(COS.to(device), unknown, **RELEASED).item() == pytest.approx(0.3538995538, rel=1e-7)
+    smoothed = aam_loss(COS.to(device), LABELS.to(device), label_smoothing=0.1, **RELEASED)
+    assert smoothed.item() == pytest.approx(0.3833886678, rel=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(margin=0.3, gamma_pos=0.5), dict(gamma_neg=4.0, gamma_pos=2.0, prob_shift=0.05)]
+)
+def test_gradcheck(kind, options):
+    cos, target = example(3, 5, torch.float64, kind)
+    assert torch.autograd.gradcheck(
+        lambda c: aam_loss(c, target.double(), scale=7.0, reduction="none", **options), cos.requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_finite_for_every_cosine(backend, device, dtype):
+    cos = torch.linspace(-1, 1, 65).to(device, dtype).expand(3, -1).contiguous()
+    target = torch.tensor([[0.0], [0.3], [1.0]], device=device).expand(-1, 65)
+    for (gamma_neg, gamma_pos), margin, shift in itertools.product([*GAMMAS, (0.05, 0.05)], (0.0, 1.0), (0.0, 0.05)):
+        options = dict(scale=100.0, margin=margin, gamma_neg=gamma_neg, gamma_pos=gamma_pos, prob_shift=shift)
+        loss, grad = loss_and_grad(cos, target, reduction="none", **options)
+        assert loss.isfinite().all()
+        assert grad.isfinite().all()
+
+
+def test_discarded_negatives_have_exactly_no_loss(backend, device):
+    cos = torch.tensor([[-0.2, -0.9, 0.0]], device=device)
+    loss, grad = loss_and_grad(cos, torch.zeros_like(cos), prob_shift=0.05, reduction="none")
+    assert (loss[0, :2] == 0).all()
+    assert (grad[0, :2] == 0).all()
+    assert loss[0, 2] > 0
+
+
+def test_nan_is_not_hidden(backend, device):
+    cos = torch.tensor([[0.1, float("nan"), 0.3]], device=device)
+    assert aam_loss(cos, torch.tensor([[1, 0, 0]], device=device)).isnan()
+
+
+# ------------------------------------------------------------------------------------------------- shapes and layout
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 7), (2, 3, 5), (1, 511), (1, 512), (1, 513), (17, 61), (2, 4099)])
+def test_shapes_with_poisoned_memory(backend, device, shape):
+    cos, target = example(1, torch.Size(shape).numel(), torch.float32, "hard", device)
+    cos, target = cos.view(shape), target.view(shape)
+    assert_as_good_as_pytorch(cos, target)
+    assert_as_good_as_pytorch(cos.bfloat16(), target, reduction="none")
+
+
+def test_layouts(backend, device):
+    cos, target = example(12, 40, torch.float32, "hard", device)
+    expected = loss_and_grad(cos, target)
+    wide = torch.full((12, 100), torch.nan, device=device)
+    wide[:, 30:70] = cos
+    for same in (cos.t().contiguous().t(), wide[:, 30:70], cos.flip(0).flip(0)):
+        got = loss_and_grad(same, target.t().contiguous().t())
+        torch.testing.assert_close(got, expected)
+    row = cos[:1].expand(12, -1)
+    torch.testing.assert_close(loss_and_grad(row, target), loss_and_grad(row.contiguous(), target))
+
+
+def test_misaligned(backend, device):
+    cos, target = example(1, 203, torch.float32, torch.int8, device)
+    for offset in (1, 2, 3):
+        assert_as_good_as_pytorch(cos.flatten()[offset:], target.flatten()[offset:])
+
+
+def test_guard_bands(backend, device):
+    if backend == "reference":
+        pytest.skip("allocates its own outputs")
+    from mlfast.ops import aam_loss as op
+
+    launch = {"cpu": op._launch_cpu, "triton": op._launch_triton, "cuda": op._launch_cuda}[backend]
+    for n, dtype in itertools.product((1, 7, 64, 515), (torch.float32, torch.bfloat16)):
+        cos, target = example(1, n, dtype, "soft", device)
+        loss = torch.full((n + 64,), 7.0, device=device)
+        grad = torch.full((n + 64,), 7.0, device=device, dtype=dtype)
+        options = op._kernel_options(DEFAULTS._replace(reduction="none"), 1)
+        launch(cos, target, None, loss[32 : n + 32], grad[32 : n + 32], None, options)
+        for out in (loss, grad):
+            assert (out[:32] == 7).all()
+            assert (out[n + 32 :] == 7).all()
+            assert (out[32 : n + 32] != 7).all()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean", "none"])
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0,)])
+def test_empty(backend, device, shape, reduction):
+    cos = torch.zeros(shape, device=device, requires_grad=True)
+    loss = aam_loss(cos, torch.zeros(shape, device=device), reduction=reduction)
+    loss.sum().backward()
+    assert loss.sum() == 0
+    assert cos.grad.shape == shape
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_all_unknown(backend, device, reduction):
+    cos = torch.rand(3, 5, device=device, requires_grad=True)
+    loss = aam_loss(cos, torch.full((3, 5), -1, device=device), reduction=reduction)
+    loss.sum().backward()
+    assert loss.sum() == 0
+    assert (cos.grad == 0).all()
+
+
+def test_more_than_two_to_the_31_elements():
+    numpy = pytest.importorskip("numpy")
+    rows, classes = 2**16 + 1, 2**15
+    # calloc gives pages of zeros that take no memory until they are written to
+    cos = torch.from_numpy(numpy.zeros((rows, classes), dtype=numpy.float16))
+    target = torch.from_numpy(numpy.zeros((rows, classes), dtype=numpy.int8))
+    before = aam_loss(cos, target, reduction="mean")
+    cos[-1, -1], target[-1, -1] = -1.0, 1
+    last = aam_loss(cos, target, reduction="sum") - before.double() * (cos.numel() - 1)
+    expected = reference(torch.tensor([[-1.0]]), torch.tensor([[1]]), None, DEFAULTS)
+    assert before.item() == pytest.approx(0.3 / 23 * 0.5 * 0.69314718, rel=1e-6)
+    assert last.item() == pytest.approx(expected.item(), abs=before.item() * cos.numel() * 1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    data=st.data(),
+    rows=st.integers(1, 9),
+    classes=st.integers(1, 70),
+    scale=st.floats(1, 100),
+    margin=st.floats(0, 1),
+    k=st.floats(0, 1),
+    gamma_neg=st.floats(0, 8),
+    gamma_pos=st.sampled_from([0.0, 1.0, 2.5]),
+    shift=st.sampled_from([0.0, 0.05, 0.3]),
+)
+def test_any_numbers(data, rows, classes, scale, margin, k, gamma_neg, gamma_pos, shift):
+    kind = data.draw(st.sampled_from(["hard", "soft", torch.int8]))
+    cos, target = example(rows, classes, torch.float32, kind, seed=data.draw(st.integers(0, 99)))
+    options = dict(scale=scale, margin=margin, k=k, gamma_neg=gamma_neg, gamma_pos=gamma_pos, prob_shift=shift)
+    assert_as_good_as_pytorch(cos, target, **options)
+
+
+# -------------------------------------------------------------------------------------------------------- determinism
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_bit_equal_over_repeats_and_threads(reduction):
+    cos, target = example(300, 601, torch.float32, "hard")
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 1, 2):
+            torch.set_num_threads(threads)
+            results.append(loss_and_grad(cos, target, reduction=reduction))
+    finally:
+        torch.set_num_threads(before)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+def test_bit_equal_over_repeats(backend, device):
+    cos, target = example(9, 131, torch.float32, "hard", device)
+    first = loss_and_grad(cos, target)
+    for _ in range(3):
+        assert all(map(torch.equal, loss_and_grad(cos, target), first))

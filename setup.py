@@ -15,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CUDA_ARCHS = "80;90;100"
@@ -25,18 +26,18 @@ CXX_FLAGS = (
 )
 
 
-def find_nvcc() -> str | None:
-    """The CUDA compiler to use, or None to build without CUDA."""
+def find_nvcc() -> tuple[str | None, str]:
+    """The CUDA compiler to use; or None to build without CUDA, and why."""
     wish = os.environ.get("MLFAST_CUDA", "")
     if wish not in ("", "0", "1"):
         raise SystemExit(f"MLFAST_CUDA must be 0, 1 or unset, got {wish!r}")
     if wish == "0":
-        return None
+        return None, "MLFAST_CUDA=0 left it out"
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or (str(toolkit) if toolkit.exists() else None)
     if nvcc is None and wish == "1":
         raise SystemExit("MLFAST_CUDA=1 but nvcc was not found: install the CUDA toolkit, or set NVCC or CUDA_HOME")
-    return nvcc
+    return nvcc, "nvcc was not found"
 
 
 def cuda_arch_flags(nvcc: str) -> tuple[str, list[str]]:
@@ -53,12 +54,14 @@ def cuda_arch_flags(nvcc: str) -> tuple[str, list[str]]:
 
 
 def cxx_flags() -> list[str]:
-    machine = sysconfig.get_platform()
+    import pybind11
+
     flags = CXX_FLAGS.split()
-    if machine.endswith("x86_64"):
+    if sysconfig.get_platform().endswith("x86_64"):
         flags.append("-mprefer-vector-width=512")
     if sys.platform.startswith("linux"):
         flags.append("-fopenmp")
+    flags += [f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     return flags + os.environ.get("CXXFLAGS", "").split()
 
 
@@ -66,22 +69,26 @@ class NinjaBuild(build_ext):
     """Compiles with ninja: in parallel, and anew only what changed, headers included."""
 
     def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        nvcc = find_nvcc()
+        nvcc, why_no_cuda = find_nvcc()
         try:
-            self.run_ninja(target, nvcc)
-        except (OSError, subprocess.CalledProcessError) as error:
+            self.run_ninja(ext, nvcc, why_no_cuda)
+        except CompileError as error:
             if nvcc is None or os.environ.get("MLFAST_CUDA") == "1":
-                raise  # an optional extension: setuptools reports it and installs the rest
+                raise
             print(f"mlfast: the build with CUDA failed ({error}); building the CPU kernels alone", file=sys.stderr)
-            self.run_ninja(target, None)
+            self.run_ninja(ext, None, f"{nvcc} failed")
 
-    def run_ninja(self, target: Path, nvcc: str | None) -> None:
+    def run_ninja(self, ext: Extension, nvcc: str | None, why_no_cuda: str) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(target, folder, nvcc))
-        subprocess.run([find_ninja(), "-C", str(folder)], check=True)
+        (folder / "build.ninja").write_text(ninja_file(target, folder, nvcc, why_no_cuda))
+        try:
+            subprocess.run([find_ninja(), "-C", str(folder)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            # The extension is optional: on this error setuptools warns and installs the rest.
+            raise CompileError(f"mlfast: csrc/ was not compiled: {error}") from error
 
 
 def find_ninja() -> str:
@@ -90,34 +97,24 @@ def find_ninja() -> str:
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
-def ninja_file(target: Path, folder: Path, nvcc: str | None) -> str:
-    import pybind11
-
+def ninja_file(target: Path, folder: Path, nvcc: str | None, why_no_cuda: str) -> str:
     cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     if cxx is None:
-        raise OSError("no C++ compiler found (g++, clang++ or $CXX)")
-    includes = [pybind11.get_include(), sysconfig.get_path("include")]
-    flags = [*cxx_flags(), *(f"-isystem {path}" for path in includes)]
+        raise CompileError("mlfast: no C++ compiler found (g++, clang++ or $CXX)")
     sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
-    link = "-shared -fopenmp" if sys.platform.startswith("linux") else "-bundle -undefined dynamic_lookup"
+    link = f"{cxx} -shared -fopenmp" if sys.platform.startswith("linux") else f"{cxx} -bundle -undefined dynamic_lookup"
     rules = []
     if nvcc:
         archs, arch_flags = cuda_arch_flags(nvcc)
-        flags.append(f'"-DMLFAST_CUDA_ARCHS=\\"{archs}\\"" -DMLFAST_CUDA')
         sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-        library = Path(nvcc).resolve().parent.parent / "lib64"
-        link += f" -L{library} -lcudart_static -ldl -lrt -lpthread"
-        nvcc_flags = ["-std=c++17 -O3 --use_fast_math=false -Xcompiler -fPIC -Xptxas -v", *arch_flags]
-        nvcc_flags[0] = nvcc_flags[0].replace(" --use_fast_math=false", "")
-        rules.append(
-            f"rule cuda\n  command = {nvcc} {' '.join(nvcc_flags)} -MD -MF $out.d -c $in -o $out\n"
-            "  depfile = $out.d\n  deps = gcc\n  description = nvcc $in\n"
-        )
-    rules.append(
-        f"rule cxx\n  command = {cxx} {' '.join(flags)} -MD -MF $out.d -c $in -o $out\n"
-        "  depfile = $out.d\n  deps = gcc\n  description = c++ $in\n"
-    )
-    rules.append(f"rule link\n  command = {cxx} -o $out $in {link}\n  description = link $out\n")
+        defines = ["-DMLFAST_CUDA", define("MLFAST_CUDA_ARCHS", archs)]
+        link = f"{nvcc} -ccbin {cxx} -shared -cudart static -Xcompiler -fopenmp"
+        compile_cuda = f"{nvcc} -ccbin {cxx} -std=c++17 -O3 -Xcompiler -fPIC {' '.join(arch_flags)}"
+        rules.append(ninja_rule("cuda", compile_cuda))
+    else:
+        defines = [define("MLFAST_WHY_NO_CUDA", why_no_cuda)]
+    rules.append(ninja_rule("cxx", " ".join([cxx, *cxx_flags(), *defines])))
+    rules.append(f"rule link\n  command = {link} -o $out $in\n  description = link $out\n")
     objects = [folder / source.relative_to(ROOT).with_suffix(source.suffix + ".o") for source in sources]
     builds = [
         f"build {escape(obj)}: {'cuda' if source.suffix == '.cu' else 'cxx'} {escape(source)}"
@@ -125,6 +122,19 @@ def ninja_file(target: Path, folder: Path, nvcc: str | None) -> str:
     ]
     builds.append(f"build {escape(target)}: link {' '.join(map(escape, objects))}")
     return "\n".join([*rules, *builds, ""])
+
+
+def ninja_rule(name: str, command: str) -> str:
+    """Compiles one source, and records the headers it includes."""
+    return (
+        f"rule {name}\n  command = {command} -MD -MF $out.d -c $in -o $out\n"
+        f"  depfile = $out.d\n  deps = gcc\n  description = {name} $in\n"
+    )
+
+
+def define(name: str, text: str) -> str:
+    """A string macro, quoted for the shell."""
+    return f"'-D{name}=\"{text}\"'"
 
 
 def escape(path: Path) -> str:

@@ -41,6 +41,23 @@ void scale_grad_cpu(uintptr_t grad, int grad_type, uintptr_t factor, int factor_
                           static_cast<DType>(factor_type), n);
 }
 
+#ifdef MLFAST_CUDA
+void aam_loss_cuda(uintptr_t cos, int cos_type, uintptr_t target, int target_type, uintptr_t class_weight,
+                   uintptr_t loss, uintptr_t grad, uintptr_t inv_known, int64_t rows, int64_t classes, double scale,
+                   double margin, double weight_pos, double weight_neg, double gamma_pos, double gamma_neg,
+                   double prob_shift, double label_smoothing, bool elementwise, uintptr_t workspace, uintptr_t stream) {
+  py::gil_scoped_release release;
+  mlfast::cuda::aam_loss(cos, cos_type, target, target_type, class_weight, loss, grad, inv_known, workspace,
+                         elementwise, rows, classes, scale, margin, weight_pos, weight_neg, gamma_pos, gamma_neg,
+                         prob_shift, label_smoothing, stream);
+}
+
+void scale_grad_cuda(uintptr_t grad, int grad_type, uintptr_t factor, int factor_type, int64_t n, uintptr_t stream) {
+  py::gil_scoped_release release;
+  mlfast::cuda::scale_grad(grad, grad_type, factor, factor_type, n, stream);
+}
+#endif
+
 const char* instruction_set() {
 #if defined(__x86_64__) && defined(__GNUC__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) return "AVX-512";
@@ -67,8 +84,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("max_threads", &max_threads, "The number of OpenMP threads the CPU kernels may use.");
 #ifdef MLFAST_CUDA
   m.attr("cuda_archs") = MLFAST_CUDA_ARCHS;
-  m.def("aam_loss_cuda", &mlfast::cuda::aam_loss_python);
+  m.attr("AAM_LOSS_WORKSPACE_BYTES") = mlfast::cuda::kAamLossWorkspaceBytes;
+  m.def("aam_loss_cuda", &aam_loss_cuda);
+  m.def("scale_grad_cuda", &scale_grad_cuda);
 #else
   m.attr("cuda_archs") = "";
+  m.attr("why_no_cuda") = MLFAST_WHY_NO_CUDA;
 #endif
 }

@@ -91,7 +91,8 @@ def choose(device: torch.device) -> str:
 
 def is_exporting() -> bool:
     """Whether a model is being exported, when every op takes its reference path: no exporter meets a custom op."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    # torch.export and the ONNX exporter built on it compile; the older ONNX exporter and OpenVINO trace.
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.compiler.is_exporting())
 
 
 def _serves(name: str, device_type: str) -> bool:
@@ -146,7 +147,7 @@ def _cuda() -> tuple[bool, str]:
         return False, "the compiled kernels are missing, see cpu"
     if not _native.cuda_archs:
         return False, (
-            "built without CUDA: nvcc was not found at install (or MLFAST_CUDA=0). Install the CUDA toolkit, then: "
+            f"built without CUDA, because {_native.why_no_cuda}. Install the CUDA toolkit (nvcc), then: "
             "MLFAST_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir mlfast"
         )
     if not torch.cuda.is_available():

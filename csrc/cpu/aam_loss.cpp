@@ -19,12 +19,12 @@ MLFAST_SIMD void hard_tile(const T* __restrict cos, const T* __restrict y, T* __
   }
 }
 
-template <typename T>
+template <bool Shifted, typename T>
 MLFAST_SIMD void soft_tile(const T* __restrict cos, const T* __restrict y, T* __restrict loss, T* __restrict grad,
                            int64_t n, const AamParams<T>& params) {
   const AamParams<T> a = params;
   for (int64_t i = 0; i < n; ++i) {
-    const LossGrad<T> r = aam_soft(cos[i], y[i], a);
+    const LossGrad<T> r = aam_soft<Shifted>(cos[i], y[i], a);
     const bool unknown = y[i] < T(0);  // NaN targets are not unknown: they must show
     loss[i] = unknown ? T(0) : r.loss;
     grad[i] = unknown ? T(0) : r.grad;
@@ -60,7 +60,7 @@ AamSide<T> side(double weight, double gamma) {
 template <typename T>
 struct AamFormula {
   AamParams<T> params;
-  Tile<T> hard;
+  Tile<T> hard, soft;
 
   explicit AamFormula(const AamOptions& o)
       : params{T(o.scale),
@@ -71,6 +71,7 @@ struct AamFormula {
                side<T>(o.weight_neg, o.gamma_neg)} {
     const Focus focus = focus_of(o.gamma_pos, o.gamma_neg);
     const bool margin = o.margin != 0;
+    soft = o.prob_shift > 0 ? soft_tile<true, T> : soft_tile<false, T>;
     if (o.prob_shift > 0) {
       hard = margin ? choose_focus<true, true, T>(focus) : choose_focus<true, false, T>(focus);
     } else {
@@ -79,7 +80,7 @@ struct AamFormula {
   }
 
   void operator()(Labels labels, const T* cos, const T* y, T* loss, T* grad, int64_t n) const {
-    (labels == Labels::kHard ? hard : soft_tile<T>)(cos, y, loss, grad, n, params);
+    (labels == Labels::kHard ? hard : soft)(cos, y, loss, grad, n, params);
   }
 };
 

@@ -10,6 +10,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
 
 namespace mlfast::cpu {
 
@@ -31,18 +34,30 @@ inline int threads_for(int64_t n) {
 #endif
 }
 
+// Flushes subnormal results to zero while it lives. Saturated sigmoids make many of them, below 1e-38 each, and they
+// slow a processor several times over: run time would depend on the data.
+class FlushSubnormals {
+#if defined(__SSE__)
+ public:
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8000u); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
+
 // Calls body(chunk, begin, end) for each chunk of [0, n).
 template <typename Body>
 void for_chunks(int64_t n, const Body& body) {
   const int64_t size = chunk_size(n);
   const int64_t chunks = (n + size - 1) / size;
   const int threads = threads_for(n);
-  if (threads == 1) {
-    for (int64_t c = 0; c < chunks; ++c) body(c, c * size, std::min(n, (c + 1) * size));
-    return;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t c = 0; c < chunks; ++c) {
+    const FlushSubnormals flush;
+    body(c, c * size, std::min(n, (c + 1) * size));
   }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t c = 0; c < chunks; ++c) body(c, c * size, std::min(n, (c + 1) * size));
 }
 
 }  // namespace mlfast::cpu

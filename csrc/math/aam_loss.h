@@ -101,28 +101,31 @@ MLFAST_HD LossGrad<T> aam_shifted(T cos, bool positive, const AamParams<T>& a) {
 }
 
 // Any target in [0, 1]: both terms, with exponent gamma_pos*y + gamma_neg*(1-y) over the base q*y + p+*(1-y).
-template <typename T>
+template <bool Shifted, typename T>
 MLFAST_HD LossGrad<T> aam_soft(T cos, T y, const AamParams<T>& a) {
   const math::Sigmoid<T> u = math::sigmoid(a.scale * (cos - a.margin));
   const math::Sigmoid<T> v = math::sigmoid(-a.scale * (cos + a.margin));
-  const bool shifted = a.shift > T(0);
-  const T raised = v.p + a.shift;
-  const bool open = raised < T(1);
-  const T q = math::at_most(raised, T(1));
-  const T log_q = shifted ? math::log_positive(q) : v.log_p;
-  const T log_q_slope = shifted ? (open ? -v.p * v.complement / q : T(0)) : -v.complement;
-
+  T q = v.p, log_q = v.log_p, log_q_slope = -v.complement;
+  if (Shifted) {
+    const T raised = v.p + a.shift;
+    q = math::at_most(raised, T(1));
+    log_q = math::log_positive(q);
+    log_q_slope = -v.p * v.complement / q;
+    log_q_slope = raised < T(1) ? log_q_slope : T(0);
+  }
   const T not_y = T(1) - y;
   const T gamma = a.positive.gamma * y + a.negative.gamma * not_y;
   const T terms = a.positive.weight * y * u.log_p + a.negative.weight * not_y * log_q;
   const T terms_slope = a.positive.weight * y * u.complement + a.negative.weight * not_y * log_q_slope;
 
   // At y = 0 and y = 1 the base is one sigmoid, whose logarithm stays exact where the sigmoid itself underflows.
-  const T mixed = q * y + u.p * not_y;
-  const T base = math::at_least(mixed, T(1e-37));
-  const T mixed_slope = (q * y * log_q_slope + u.p * not_y * u.complement) / base;
-  const T log_base = y == T(1) ? log_q : (y == T(0) ? u.log_p : math::log_positive(base));
-  const T log_base_slope = y == T(1) ? log_q_slope : (y == T(0) ? u.complement : mixed_slope);
+  const T base = math::at_least(q * y + u.p * not_y, T(1e-37));
+  T log_base = math::log_positive(base);
+  T log_base_slope = (q * y * log_q_slope + u.p * not_y * u.complement) / base;
+  log_base = y == T(0) ? u.log_p : log_base;
+  log_base_slope = y == T(0) ? u.complement : log_base_slope;
+  log_base = y == T(1) ? log_q : log_base;
+  log_base_slope = y == T(1) ? log_q_slope : log_base_slope;
 
   const T focus = math::exp_nonpositive(gamma * log_base);
   return {-a.inv_scale * focus * terms, -focus * (terms_slope + gamma * log_base_slope * terms)};

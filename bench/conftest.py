@@ -1,0 +1,83 @@
+"""Options of ``pytest bench/``, and the table at its end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("mlfast")
+    group.addoption("--quick", action="store_true", help="few sizes, few rounds: minutes instead of tens of minutes")
+    group.addoption("--threads", type=int, default=torch.get_num_threads(), help="threads for every contestant")
+    group.addoption("--save-results", action="store_true", help="write bench/results/<machine>.json")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(config.getoption("--threads"))
+    config.mlfast_rows = []
+    config.mlfast_notes = {}
+
+
+@pytest.fixture
+def quick(request):
+    return request.config.getoption("--quick")
+
+
+@pytest.fixture
+def record(request, benchmark):
+    """Adds a row to the table and to pytest-benchmark's own file."""
+
+    def add(**row):
+        benchmark.extra_info.update(row)
+        request.config.mlfast_rows.append(row)
+
+    return add
+
+
+@pytest.fixture(scope="session")
+def bandwidth(request):
+    """Copy bandwidth of this machine in bytes per second, measured in this run."""
+    value = machine.copy_bandwidth()
+    request.config.mlfast_notes["copy_bandwidth_GBps"] = round(value / 1e9, 1)
+    return value
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.mlfast_rows
+    if not rows:
+        return
+    terminalreporter.section("mlfast")
+    about = machine.description() | config.mlfast_notes
+    for key, value in about.items():
+        terminalreporter.line(f"{key:>20}  {value}")
+    for line in table(rows):
+        terminalreporter.line(line)
+    if config.getoption("--save-results"):
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{machine.slug(about['processor'])}.json"
+        path.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+        terminalreporter.line(f"written: {path}")
+
+
+def table(rows):
+    """Times in microseconds of every contestant, then how many times slower than mlfast each is."""
+    for op in dict.fromkeys(row["op"] for row in rows):
+        yield ""
+        yield f"{op}: median microseconds (times mlfast)"
+        for row in (row for row in rows if row["op"] == op):
+            mine = row["median_us"]["mlfast"]
+            times = "  ".join(f"{name} {us:.0f} ({us / mine:.1f}x)" for name, us in row["median_us"].items())
+            roof = (
+                f"  {row['percent_of_copy_bandwidth']:.0f} % of copy bandwidth"
+                if "percent_of_copy_bandwidth" in row
+                else ""
+            )
+            yield f"  {row['case']:<28} {times}{roof}"

@@ -1,0 +1,78 @@
+"""A wheel works outside the checkout; so does an install without a compiler."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECK = """
+import mlfast, torch
+from mlfast.ops.aam_loss import reference
+cos = torch.linspace(-1, 1, 12, requires_grad=True)
+loss = mlfast.AAMLoss()(cos, cos > 0)
+loss.backward()
+print(mlfast.__file__, mlfast.kernels.__name__ if hasattr(mlfast, "kernels") else "", round(loss.item(), 6))
+print(mlfast.backends())
+"""
+
+
+def build_wheel(tmp_path: Path, **environment: str) -> Path:
+    """Builds from a copy, so that nothing of the checkout's own build is reused; the build sees no torch."""
+    pytest.importorskip("pybind11")
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info", "runs", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    (tmp_path / "no_torch" / "torch").mkdir(parents=True)
+    (tmp_path / "no_torch" / "torch" / "__init__.py").write_text("raise ImportError('the build must not need torch')")
+    variables = os.environ | {"MLFAST_CUDA": "0", "PYTHONPATH": str(tmp_path / "no_torch")} | environment
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        source,
+    ]
+    subprocess.run(command, check=True, env=variables, capture_output=True)
+    return next(tmp_path.glob("*.whl"))
+
+
+def run_installed(wheel: Path, tmp_path: Path) -> str:
+    """Unpacks a wheel beside the installed torch, and runs CHECK from a folder that is not the checkout."""
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    variables = os.environ | {"PYTHONPATH": str(site)}
+    variables.pop("MLFAST_BACKEND", None)
+    result = subprocess.run(
+        [sys.executable, "-c", CHECK], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert str(site) in result.stdout
+    return result.stdout
+
+
+def test_wheel_outside_the_checkout(tmp_path):
+    wheel = build_wheel(tmp_path)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith("mlfast/_native") for name in names)
+    assert "mlfast/kernels/aam_loss.py" in names
+    top_level = {name.split("/")[0] for name in names}
+    assert {name for name in top_level if not name.endswith(".dist-info")} == {"mlfast"}
+    assert "+ cpu" in run_installed(wheel, tmp_path)
+
+
+def test_without_a_compiler_the_install_still_works(tmp_path):
+    wheel = build_wheel(tmp_path, CXX="no-such-compiler")
+    output = run_installed(wheel, tmp_path)
+    assert "- cpu" in output
+    assert "Install a C++ compiler" in output

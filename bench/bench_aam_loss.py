@@ -1,8 +1,8 @@
 """aam_loss against eager PyTorch and torch.compile, forward (no gradient) and training (forward + backward).
 
 ``eager`` is mlfast's own reference in plain PyTorch: numerically safe. ``eager pow`` is the straightforward way to
-write the loss, which PyTorch runs faster; its gradient is NaN where a sigmoid underflows and an exponent is below 1. Both are
-also compiled, so that every ratio can be taken against the faster one.
+write the loss, which PyTorch runs faster; its gradient is NaN where a sigmoid
+underflows and an exponent is below 1. Both are also compiled, so that ratios can be taken against the faster one.
 """
 
 import pytest

@@ -84,7 +84,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("max_threads", &max_threads, "The number of OpenMP threads the CPU kernels may use.");
 #ifdef MLFAST_CUDA
   m.attr("cuda_archs") = MLFAST_CUDA_ARCHS;
-  m.attr("AAM_LOSS_WORKSPACE_BYTES") = mlfast::cuda::kAamLossWorkspaceBytes;
+  m.attr("LOSS_WORKSPACE_BYTES") = mlfast::cuda::kAamLossWorkspaceBytes;
   m.def("aam_loss_cuda", &aam_loss_cuda);
   m.def("scale_grad_cuda", &scale_grad_cuda);
 #else

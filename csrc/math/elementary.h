@@ -31,12 +31,17 @@ MLFAST_HD float float_of(int32_t bits) {
   return x;
 }
 
+#if !defined(__CUDA_ARCH__)
+// Not const: at a constant bound GCC splits the computation in two and blends the results, which costs 10 % of a loss.
+inline float lowest_exponent = -87.0f;
+#endif
+
 // e^x for x <= 0; arguments below -87 give e^-87 = 1.6e-38, so results are never zero nor denormal. NaN stays NaN.
 MLFAST_HD float exp_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
   return __expf(x < -87.0f ? -87.0f : x);
 #else
-  x = x < -87.0f ? -87.0f : x;                    // this order lets NaN through
+  x = x < lowest_exponent ? lowest_exponent : x;  // this order lets NaN through
   const float magic = 12582912.0f;                // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = x * 1.44269504f + magic;  // its low mantissa bits hold n = round(x / ln 2)
   const float n = shifted - magic;

@@ -194,15 +194,15 @@ def test_misaligned(backend, device):
 def test_guard_bands(backend, device):
     if backend == "reference":
         pytest.skip("allocates its own outputs")
-    from mlfast.ops import aam_loss as op
+    from mlfast.ops.aam_loss import LOSS
+    from mlfast.ops.elementwise_loss import LAUNCH, kernel_numbers
 
-    launch = {"cpu": op._launch_cpu, "triton": op._launch_triton, "cuda": op._launch_cuda}[backend]
     for n, dtype in itertools.product((1, 7, 64, 515), (torch.float32, torch.bfloat16)):
         cos, target = example(1, n, dtype, "soft", device)
         loss = torch.full((n + 64,), 7.0, device=device)
         grad = torch.full((n + 64,), 7.0, device=device, dtype=dtype)
-        options = op._kernel_options(DEFAULTS._replace(reduction="none"), 1)
-        launch(cos, target, None, loss[32 : n + 32], grad[32 : n + 32], None, options)
+        numbers = kernel_numbers(LOSS, DEFAULTS._replace(reduction="none"), 1)
+        LAUNCH[backend]("aam_loss", cos, target, None, loss[32 : n + 32], grad[32 : n + 32], None, numbers)
         for out in (loss, grad):
             assert (out[:32] == 7).all()
             assert (out[n + 32 :] == 7).all()

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/aam_loss.h"
+#include "cpu/asymmetric_loss.h"
 #ifdef MLFAST_CUDA
 #include "cuda/aam_loss.h"
 #endif
@@ -14,25 +15,41 @@ namespace {
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
+mlfast::cpu::LossTask loss_task(uintptr_t scores, int scores_type, uintptr_t target, int target_type,
+                                uintptr_t class_weight, uintptr_t loss, uintptr_t grad, uintptr_t inv_known,
+                                int64_t rows, int64_t classes, double label_smoothing, bool elementwise) {
+  return {rows,
+          classes,
+          pointer(scores),
+          static_cast<DType>(scores_type),
+          pointer(target),
+          static_cast<DType>(target_type),
+          pointer(class_weight),
+          label_smoothing,
+          pointer(loss),
+          pointer(grad),
+          pointer(inv_known),
+          elementwise};
+}
+
 void aam_loss_cpu(uintptr_t cos, int cos_type, uintptr_t target, int target_type, uintptr_t class_weight,
                   uintptr_t loss, uintptr_t grad, uintptr_t inv_known, int64_t rows, int64_t classes, double scale,
                   double margin, double weight_pos, double weight_neg, double gamma_pos, double gamma_neg,
                   double prob_shift, double label_smoothing, bool elementwise) {
-  const mlfast::cpu::LossTask task{rows,
-                                   classes,
-                                   pointer(cos),
-                                   static_cast<DType>(cos_type),
-                                   pointer(target),
-                                   static_cast<DType>(target_type),
-                                   pointer(class_weight),
-                                   label_smoothing,
-                                   pointer(loss),
-                                   pointer(grad),
-                                   pointer(inv_known),
-                                   elementwise};
-  const mlfast::cpu::AamOptions options{scale, margin, weight_pos, weight_neg, gamma_pos, gamma_neg, prob_shift};
+  const auto task = loss_task(cos, cos_type, target, target_type, class_weight, loss, grad, inv_known, rows, classes,
+                              label_smoothing, elementwise);
   py::gil_scoped_release release;
-  mlfast::cpu::aam_loss(task, options);
+  mlfast::cpu::aam_loss(task, {scale, margin, weight_pos, weight_neg, gamma_pos, gamma_neg, prob_shift});
+}
+
+void asymmetric_loss_cpu(uintptr_t logits, int logits_type, uintptr_t target, int target_type, uintptr_t class_weight,
+                         uintptr_t loss, uintptr_t grad, uintptr_t inv_known, int64_t rows, int64_t classes,
+                         double weight_pos, double weight_neg, double gamma_pos, double gamma_neg, double clip,
+                         double label_smoothing, bool detach_focus, bool elementwise) {
+  const auto task = loss_task(logits, logits_type, target, target_type, class_weight, loss, grad, inv_known, rows,
+                              classes, label_smoothing, elementwise);
+  py::gil_scoped_release release;
+  mlfast::cpu::asymmetric_loss(task, {weight_pos, weight_neg, gamma_pos, gamma_neg, clip, detach_focus});
 }
 
 void scale_grad_cpu(uintptr_t grad, int grad_type, uintptr_t factor, int factor_type, int64_t n) {
@@ -79,6 +96,7 @@ int max_threads() {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Compiled kernels of mlfast; call them through mlfast.functional.";
   m.def("aam_loss_cpu", &aam_loss_cpu);
+  m.def("asymmetric_loss_cpu", &asymmetric_loss_cpu);
   m.def("scale_grad_cpu", &scale_grad_cpu);
   m.def("instruction_set", &instruction_set, "The instruction set that the CPU kernels use on this machine.");
   m.def("max_threads", &max_threads, "The number of OpenMP threads the CPU kernels may use.");

@@ -1,5 +1,6 @@
 """The ops as functions. Each is documented in its own file, ``mlfast/ops/<op>.py``, and in ``docs/<op>.md``."""
 
 from mlfast.ops.aam_loss import aam_loss
+from mlfast.ops.asymmetric_loss import asymmetric_loss
 
-__all__ = ["aam_loss"]
+__all__ = ["aam_loss", "asymmetric_loss"]

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <type_traits>
 
+#include "../math/focus.h"
 #include "dtype.h"
 #include "parallel.h"
 
@@ -77,6 +78,32 @@ MLFAST_SIMD double sum(const T* __restrict x, int64_t n) {
   for (int j = 0; j < 16; ++j) total += static_cast<double>(lanes[j]);
   return total;
 }
+
+// Element::at(score, y, params) gives the loss and gradient of one element; unknown labels have neither. A NaN target
+// is not unknown: it must show.
+template <typename Element, typename T, typename Params>
+MLFAST_SIMD void loss_tile(const T* __restrict scores, const T* __restrict y, T* __restrict loss, T* __restrict grad,
+                           int64_t n, const Params& params) {
+  const Params a = params;  // a local copy can stay in registers
+  for (int64_t i = 0; i < n; ++i) {
+    const LossGrad<T> r = Element::at(scores[i], y[i], a);
+    const bool unknown = y[i] < T(0);
+    loss[i] = unknown ? T(0) : r.loss;
+    grad[i] = unknown ? T(0) : r.grad;
+  }
+}
+
+// A formula with one function for tiles of hard labels and one for soft ones, both loss_tile of some Element.
+template <typename T, typename Params>
+struct TileFormula {
+  using Tile = void (*)(const T*, const T*, T*, T*, int64_t, const Params&);
+  Params params;
+  Tile hard, soft;
+
+  void operator()(Labels labels, const T* scores, const T* y, T* loss, T* grad, int64_t n) const {
+    (labels == Labels::kHard ? hard : soft)(scores, y, loss, grad, n, params);
+  }
+};
 
 // Elements [begin, begin + n) of the flat scores in the computing type: the tensor itself where it has that type,
 // otherwise a converted copy in `buffer`.

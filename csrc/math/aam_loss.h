@@ -8,59 +8,23 @@
 // logarithms the gradient is -weight * focus^gamma * (own' + gamma * focus' * log(own)). docs/aam_loss.md derives it.
 #pragma once
 
-#include "elementary.h"
+#include "focus.h"
 
 namespace mlfast {
 
-// What depends on the side, positive or negative, of an element.
 template <typename T>
-struct AamSide {
-  T weight;  // k or 1 - k, times any constant of the reduction
-  T gamma;
-  T floor[3];  // for gamma = 0..7 with binary digits b: 1 - b, see focus_weight
-};
+using AamSide = LossSide<T>;
 
 template <typename T>
 struct AamParams {
   T scale, inv_scale, margin, shift;
-  AamSide<T> positive, negative;
+  LossSide<T> positive, negative;
 };
-
-template <typename T>
-struct LossGrad {
-  T loss, grad;
-};
-
-// How the focusing weight is computed: not at all, as an integer power of 1 or 3 binary digits, or as exp(gamma * log).
-enum Focus { kFocusNone = 0, kFocusPower1 = 1, kFocusPower7 = 3, kFocusReal = 8 };
-
-// base^gamma for a base in [0, 1]. Integer powers need no branch though gamma differs from lane to lane: the digit b
-// of gamma contributes max(base^2^i, 1 - b), which is base^2^i or 1.
-template <int F, typename T>
-MLFAST_HD T focus_weight(T base, T log_base, const AamSide<T>& side) {
-  if (F == kFocusNone) return T(1);
-  if (F == kFocusReal) return math::exp_nonpositive(side.gamma * log_base);
-  T weight = math::at_least(base, side.floor[0]);
-  if (F == kFocusPower7) {
-    const T base2 = base * base;
-    weight *= math::at_least(base2, side.floor[1]) * math::at_least(base2 * base2, side.floor[2]);
-  }
-  return weight;
-}
-
-template <typename T>
-MLFAST_HD AamSide<T> choose(bool positive, const AamParams<T>& a) {
-  AamSide<T> side;
-  side.weight = positive ? a.positive.weight : a.negative.weight;
-  side.gamma = positive ? a.positive.gamma : a.negative.gamma;
-  for (int i = 0; i < 3; ++i) side.floor[i] = positive ? a.positive.floor[i] : a.negative.floor[i];
-  return side;
-}
 
 // Hard target, no probability shift. Without a margin u = -v, so one exponential and one logarithm serve both sides.
 template <bool Margin, int F, typename T>
 MLFAST_HD LossGrad<T> aam_hard(T cos, bool positive, const AamParams<T>& a) {
-  const AamSide<T> side = choose(positive, a);
+  const LossSide<T> side = choose(positive, a);
   const T sign = positive ? T(1) : T(-1);
   const T signed_cos = sign * cos;
   const math::Sigmoid<T> own = math::sigmoid(a.scale * (signed_cos - a.margin));
@@ -95,7 +59,7 @@ MLFAST_HD LossGrad<T> aam_shifted(T cos, bool positive, const AamParams<T>& a) {
   const T own_slope = positive ? u.complement : log_q_slope;
   const T log_focus = positive ? log_q : u.log_p;
   const T focus_slope = positive ? log_q_slope : u.complement;
-  const AamSide<T> side = choose(positive, a);
+  const LossSide<T> side = choose(positive, a);
   const T weight = side.weight * focus_weight<F>(positive ? q : u.p, log_focus, side);
   return {-a.inv_scale * weight * log_own, -weight * (own_slope + side.gamma * focus_slope * log_own)};
 }

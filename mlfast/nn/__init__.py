@@ -1,6 +1,6 @@
 """Modules built on the ops of :mod:`mlfast.functional`."""
 
 from mlfast.nn.cosine_linear import CosineLinear
-from mlfast.nn.losses import AAMLoss
+from mlfast.nn.losses import AAMLoss, AsymmetricLoss
 
-__all__ = ["AAMLoss", "CosineLinear"]
+__all__ = ["AAMLoss", "AsymmetricLoss", "CosineLinear"]

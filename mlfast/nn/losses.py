@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mlfast.ops.aam_loss import aam_loss, check_options
+from mlfast.ops import aam_loss as aam
+from mlfast.ops import asymmetric_loss as asl
 
 
 class AAMLoss(nn.Module):
@@ -40,7 +41,7 @@ class AAMLoss(nn.Module):
         reduction: str = "sum",
     ) -> None:
         super().__init__()
-        check_options(scale, margin, k, gamma_neg, gamma_pos, prob_shift, label_smoothing, reduction)
+        aam.check_options(scale, margin, k, gamma_neg, gamma_pos, prob_shift, label_smoothing, reduction)
         self.scale = scale
         self.margin = margin
         self.k = k
@@ -64,7 +65,7 @@ class AAMLoss(nn.Module):
 
     def forward(self, cos: Tensor, target: Tensor) -> Tensor:
         """The loss; see :func:`mlfast.functional.aam_loss` for dtypes and errors."""
-        return aam_loss(
+        return aam.aam_loss(
             cos,
             target,
             scale=self.scale,
@@ -81,4 +82,61 @@ class AAMLoss(nn.Module):
     def extra_repr(self) -> str:
         """The options, as they appear in ``print(module)``."""
         names = ("scale", "margin", "k", "gamma_neg", "gamma_pos", "prob_shift", "label_smoothing", "reduction")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+class AsymmetricLoss(nn.Module):
+    """Asymmetric loss (ASL) of logits, :func:`mlfast.functional.asymmetric_loss` as a module.
+
+    Args:
+        gamma_neg: focusing exponent of the negatives.
+        gamma_pos: focusing exponent of the positives.
+        clip: probability below which a negative has no loss, in [0, 1).
+        detach_focus: whether the gradient does not flow through the focusing weight.
+        label_smoothing: in [0, 1).
+        class_weight: [K] or None; kept as a buffer, so it moves with the module.
+        reduction: "sum", "mean" (over known labels), "batchmean" or "none".
+
+    Shape:
+        logits [..., K], target [..., K] -> a scalar, or [..., K] for ``reduction="none"``.
+    """
+
+    def __init__(
+        self,
+        gamma_neg: float = 4.0,
+        gamma_pos: float = 0.0,
+        clip: float = 0.05,
+        detach_focus: bool = False,
+        reduction: str = "sum",
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        asl.check_options(gamma_neg, gamma_pos, clip, label_smoothing, detach_focus, reduction)
+        self.gamma_neg = gamma_neg
+        self.gamma_pos = gamma_pos
+        self.clip = clip
+        self.detach_focus = detach_focus
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", class_weight)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss; see :func:`mlfast.functional.asymmetric_loss` for dtypes and errors."""
+        return asl.asymmetric_loss(
+            logits,
+            target,
+            gamma_neg=self.gamma_neg,
+            gamma_pos=self.gamma_pos,
+            clip=self.clip,
+            detach_focus=self.detach_focus,
+            label_smoothing=self.label_smoothing,
+            class_weight=self.class_weight,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """The options, as they appear in ``print(module)``."""
+        names = ("gamma_neg", "gamma_pos", "clip", "detach_focus", "label_smoothing", "reduction")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)

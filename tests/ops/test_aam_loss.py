@@ -1,5 +1,6 @@
 """aam_loss: every backend against float64, by the policy of docs/correctness.md."""
 
+import functools
 import itertools
 
 import pytest
@@ -7,57 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mlfast
 from mlfast.functional import aam_loss
 from mlfast.ops.aam_loss import Options, reference
+from tests.ops.loss_cases import FLOATS, GAMMAS, example
+from tests.ops.loss_cases import assert_as_good_as_pytorch as compare
+from tests.ops.loss_cases import loss_and_grad as evaluate
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+loss_and_grad = functools.partial(evaluate, aam_loss)
+assert_as_good_as_pytorch = functools.partial(compare, aam_loss)
+
 DEFAULTS = Options(23.0, 0.0, 0.7, 1.0, 0.0, 0.0, 0.0, "sum")
 
 
-def example(rows, classes, dtype, kind, device="cpu", seed=0):
-    """Cosines, and targets of one kind: an integer type, or hard or soft floats; every kind but bool has unknowns."""
-    g = torch.Generator().manual_seed(seed)
-    cos = (torch.rand(rows, classes, generator=g) * 2 - 1).to(dtype)
-    target = (torch.rand(rows, classes, generator=g) < 0.1).float()
-    if kind == "soft":
-        target = torch.rand(rows, classes, generator=g)
-    unknown = torch.rand(rows, classes, generator=g) < 0.1
-    if kind != torch.bool:
-        target[unknown] = -1
-    if isinstance(kind, torch.dtype):
-        target = target.to(torch.int8).to(kind)
-    return cos.to(device), target.to(device)
-
-
-def loss_and_grad(cos, target, **options):
-    """The loss, and its gradient for an uneven incoming gradient, both in float64."""
-    cos = cos.detach().clone().requires_grad_()
-    loss = aam_loss(cos, target, **options)
-    incoming = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype, device=loss.device).view(loss.shape)
-    (grad,) = torch.autograd.grad(loss, cos, incoming)
-    return loss.detach().double().cpu(), grad.double().cpu()
-
-
-def assert_as_good_as_pytorch(cos, target, **options):
-    """Error at most twice that of plain PyTorch in the same dtype, plus four units in the last place."""
-    got = loss_and_grad(cos, target, **options)
-    weight = options.get("class_weight")
-    with mlfast.use_backend("reference"):
-        plain = loss_and_grad(cos, target, **options)
-        truth = loss_and_grad(cos.double(), target, **options | {"class_weight": weight})
-    for name, dtype, *values in zip(("loss", "grad"), (torch.float32, cos.dtype), got, plain, truth, strict=True):
-        mine, theirs, exact = values
-        dtype = torch.float64 if cos.dtype == torch.float64 else dtype
-        floor = 4 * torch.finfo(dtype).eps * exact.abs().max().item() + 1e-12
-        bound = 2 * (theirs - exact).abs().nan_to_num(nan=0, posinf=0).max().item() + floor
-        error = (mine - exact).abs().max().item()
-        assert error <= bound, f"{name} of {options}: error {error:.3g}, allowed {bound:.3g}"
-
-
 # ----------------------------------------------------------------------------------------------------- correctness
-
-GAMMAS = [(0.0, 0.0), (1.0, 0.0), (2.0, 1.0), (4.0, 3.0), (0.5, 0.3)]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -1,0 +1,61 @@
+// asymmetric_loss on the CPU: csrc/math/asymmetric_loss.h over tiles.
+#include "asymmetric_loss.h"
+
+#include "../math/asymmetric_loss.h"
+
+namespace mlfast::cpu {
+namespace {
+
+template <bool Clipped, bool Detached, int F>
+struct Hard {
+  template <typename T>
+  MLFAST_HD static LossGrad<T> at(T logit, T y, const AslParams<T>& a) {
+    return asl_hard<Clipped, Detached, F>(logit, y > T(0), a);
+  }
+};
+
+template <bool Clipped, bool Detached>
+struct Soft {
+  template <typename T>
+  MLFAST_HD static LossGrad<T> at(T logit, T y, const AslParams<T>& a) {
+    return asl_soft<Clipped, Detached>(logit, y, a);
+  }
+};
+
+template <typename T>
+using Formula = TileFormula<T, AslParams<T>>;
+
+template <bool Clipped, bool Detached, typename T>
+void choose_tiles(Formula<T>& f, Focus focus) {
+  f.soft = loss_tile<Soft<Clipped, Detached>, T>;
+  switch (focus) {
+    case kFocusNone: f.hard = loss_tile<Hard<Clipped, false, kFocusNone>, T>; break;
+    case kFocusPower1:
+    case kFocusPower7: f.hard = loss_tile<Hard<Clipped, Detached, kFocusPower7>, T>; break;
+    case kFocusReal: f.hard = loss_tile<Hard<Clipped, Detached, kFocusReal>, T>;
+  }
+}
+
+template <typename T>
+Formula<T> formula(const AslOptions& o) {
+  Formula<T> f{{T(o.clip), loss_side<T>(o.weight_pos, o.gamma_pos), loss_side<T>(o.weight_neg, o.gamma_neg)}, {}, {}};
+  const Focus focus = focus_of(o.gamma_pos, o.gamma_neg);
+  if (o.clip > 0) {
+    o.detach_focus ? choose_tiles<true, true>(f, focus) : choose_tiles<true, false>(f, focus);
+  } else {
+    o.detach_focus ? choose_tiles<false, true>(f, focus) : choose_tiles<false, false>(f, focus);
+  }
+  return f;
+}
+
+}  // namespace
+
+void asymmetric_loss(const LossTask& task, const AslOptions& options) {
+  if (task.scores_type == DType::kFloat64) {
+    elementwise_loss<double>(task, formula<double>(options));
+  } else {
+    elementwise_loss<float>(task, formula<float>(options));
+  }
+}
+
+}  // namespace mlfast::cpu

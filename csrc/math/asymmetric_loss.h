@@ -1,0 +1,85 @@
+// The asymmetric loss (ASL) of one element and its derivative, shared by host and device code.
+//
+// With p = sigmoid(x) and q = min(1 - p + clip, 1):
+//
+//   loss = -[ y * (1 - p)^gamma_pos * log p  +  (1 - y) * (1 - q)^gamma_neg * log q ]
+//
+// Without a clip q = 1 - p, so both sides are sigmoid(-z)^gamma * log sigmoid(z), with z = x or -x. If the focus is
+// detached, the gradient does not flow through the focusing weight. docs/asymmetric_loss.md derives it.
+#pragma once
+
+#include "focus.h"
+
+namespace mlfast {
+
+template <typename T>
+struct AslParams {
+  T clip;
+  LossSide<T> positive, negative;
+};
+
+template <bool Clipped, bool Detached, int F, typename T>
+MLFAST_HD LossGrad<T> asl_hard(T logit, bool positive, const AslParams<T>& a) {
+  const LossSide<T> side = choose(positive, a);
+  const T sign = positive ? T(1) : T(-1);
+  const math::Sigmoid<T> own = math::sigmoid(sign * logit);
+  T log_own = own.log_p, log_own_slope = own.complement;
+  T base = own.complement, log_base = own.log_complement, log_base_slope = -own.p;
+  if (Clipped) {  // negatives only: own.p is 1 - p there
+    const T raised = own.p + a.clip;
+    const bool open = raised < T(1);  // otherwise the negative is easy enough to have no loss and no gradient at all
+    const T q = math::at_most(raised, T(1));
+    const T variance = open ? own.p * own.complement : T(0);
+    const T clipped_base = math::at_least(own.complement - a.clip, T(1e-37));
+    const T log_q = math::log_positive(q);
+    log_own = positive ? log_own : log_q;
+    log_own_slope = positive ? log_own_slope : variance / q;
+    base = positive ? base : clipped_base;
+    log_base_slope = positive ? log_base_slope : -variance / clipped_base;
+    if (F == kFocusReal) {
+      const T log_clipped_base = math::log_positive(clipped_base);
+      log_base = positive ? log_base : log_clipped_base;
+    }
+  }
+  const T weight = side.weight * focus_weight<F>(base, log_base, side);
+  T slope = log_own_slope;
+  if (F != kFocusNone && !Detached) slope += side.gamma * log_base_slope * log_own;
+  return {-weight * log_own, -sign * weight * slope};
+}
+
+// Any target in [0, 1]: both terms, with exponent gamma_pos*y + gamma_neg*(1-y) over the base (1-p)*y + (1-q)*(1-y).
+template <bool Clipped, bool Detached, typename T>
+MLFAST_HD LossGrad<T> asl_soft(T logit, T y, const AslParams<T>& a) {
+  const math::Sigmoid<T> s = math::sigmoid(logit);
+  const T variance = s.p * s.complement;
+  T log_q = s.log_complement, log_q_slope = -s.p, base_neg = s.p, log_base_neg = s.log_p, base_neg_slope = variance;
+  if (Clipped) {
+    const T raised = s.complement + a.clip;
+    const T q = math::at_most(raised, T(1));
+    base_neg_slope = raised < T(1) ? variance : T(0);
+    log_q = math::log_positive(q);
+    log_q_slope = -base_neg_slope / q;
+    base_neg = math::at_least(s.p - a.clip, T(1e-37));
+    log_base_neg = math::log_positive(base_neg);
+  }
+  const T not_y = T(1) - y;
+  const T gamma = a.positive.gamma * y + a.negative.gamma * not_y;
+  const T terms = a.positive.weight * y * s.log_p + a.negative.weight * not_y * log_q;
+  const T terms_slope = a.positive.weight * y * s.complement + a.negative.weight * not_y * log_q_slope;
+
+  // At y = 0 and y = 1 the base is one sigmoid, whose logarithm stays exact where the sigmoid itself underflows.
+  const T base = math::at_least(s.complement * y + base_neg * not_y, T(1e-37));
+  T log_base = math::log_positive(base);
+  T log_base_slope = (not_y * base_neg_slope - y * variance) / base;
+  log_base = y == T(0) ? log_base_neg : log_base;
+  log_base_slope = y == T(0) ? base_neg_slope / base_neg : log_base_slope;
+  log_base = y == T(1) ? s.log_complement : log_base;
+  log_base_slope = y == T(1) ? -s.p : log_base_slope;
+
+  const T focus = math::exp_nonpositive(gamma * log_base);
+  T slope = terms_slope;
+  if (!Detached) slope += gamma * log_base_slope * terms;
+  return {-focus * terms, -focus * slope};
+}
+
+}  // namespace mlfast

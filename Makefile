@@ -2,14 +2,11 @@
 # make test    the whole test suite
 # make bench   every benchmark, with the results in bench/results/
 # make lint    ruff, mypy, clang-format
-# make sanitize  the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-# make gpu-check OUT=folder   on a machine with a GPU: build, test every backend, benchmark
 #
 # Each creates .venv when it is missing and installs what changed since the last time.
 
 PYTHON ?= python3
 VENV ?= .venv
-OUT ?= gpu-check
 BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -17,7 +14,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench lint format sanitize gpu-check clean
+.PHONY: demo test bench lint format clean
 
 $(VENV)/.dependencies: pyproject.toml constraints.txt
 	@echo "== creating $(VENV) and installing dependencies (a few minutes the first time)"
@@ -33,7 +30,7 @@ $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	@touch $@
 
 demo: $(VENV)/.built
-	$(BIN)/mlfast train --output runs/demo --overwrite
+	$(BIN)/mlfast train
 	@echo "== the loss alone: reference, torch.compile, mlfast (smaller is better)"
 	$(BIN)/python -m pytest bench/bench_aam_loss.py --quick -q
 

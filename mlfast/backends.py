@@ -8,17 +8,19 @@ An op runs on the first backend of its tensor's device that is available here: `
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+_native: Any = None
 try:
-    from mlfast import _native
+    _native = importlib.import_module("mlfast._native")
 except ImportError as error:
-    _native = None
     _native_error = str(error)
 
 NAMES = ("reference", "cpu", "triton", "cuda")

@@ -7,7 +7,6 @@ import textwrap
 import pytest
 
 
-
 def run(code: str, path: str = "") -> str:
     """Run Python code with an extra folder in front of the import path; returns what it prints."""
     code = f"import sys\nif {path!r}: sys.path.insert(0, {path!r})\n" + textwrap.dedent(code)
@@ -81,7 +80,8 @@ def test_another_failure_passes_through(fake):
 
 
 def test_a_missing_dependency_of_torchvision_is_not_taken_for_torchvision(fake):
-    assert run(IMPORT, fake("import a_module_nobody_has")) == "ModuleNotFoundError No module named 'a_module_nobody_has' 0"
+    out = run(IMPORT, fake("import a_module_nobody_has"))
+    assert out == "ModuleNotFoundError No module named 'a_module_nobody_has' 0"
 
 
 def test_absent_torchvision_names_the_remedy():

@@ -13,9 +13,6 @@
 namespace mlfast {
 
 template <typename T>
-using AamSide = LossSide<T>;
-
-template <typename T>
 struct AamParams {
   T scale, inv_scale, margin, shift;
   LossSide<T> positive, negative;

@@ -65,7 +65,7 @@ MLFAST_HD float log1p_unit(float x) {
   return x * ((0.005232694f * x4 + high) * x4 + low);
 }
 
-// log(x) for positive normal x.
+// log(x) for positive normal x. NaN stays NaN.
 MLFAST_HD float log_positive(float x) {
 #if defined(__CUDA_ARCH__)
   return logf(x);
@@ -78,7 +78,8 @@ MLFAST_HD float log_positive(float x) {
   const float low = (1.0f - 0.49999931f * f) + f2 * (0.33333167f - 0.25008029f * f);
   const float high = (0.20011945f - 0.16412792f * f) + f2 * (0.13987651f - 0.15403198f * f);
   const float p = (0.14056113f * f4 + high) * f4 + low;
-  return p * f + static_cast<float>(exponent) * 8.26295829e-8f;  // ln(2) / 2^23
+  const float log_x = p * f + static_cast<float>(exponent) * 8.26295829e-8f;  // ln(2) / 2^23
+  return x != x ? x : log_x;
 #endif
 }
 

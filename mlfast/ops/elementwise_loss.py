@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlfast import backends
-from mlfast.backends import _native
+from mlfast.backends import _native, choose, is_exporting
 from mlfast.ops.dtypes import CODES, computing_dtype
 from mlfast.ops.workspace import workspace_for
 
@@ -41,7 +40,7 @@ class ElementwiseLoss:
 
     def __call__(self, scores: Tensor, target: Tensor, class_weight: Tensor | None, options: Any) -> Tensor:
         """The loss on the backend of this device; the arguments have been checked."""
-        backend = "reference" if backends.is_exporting() else backends.choose(scores.device)
+        backend = "reference" if is_exporting() else choose(scores.device)
         if backend == "reference":
             return self.reference(scores, target, class_weight, options)
         if torch.compiler.is_compiling() or type(scores) is not Tensor:  # a subclass finds its way by the dispatcher
@@ -214,7 +213,8 @@ class ElementwiseLossFunction(torch.autograd.Function):
         op, backend, options = ctx.call
         unscaled, ctx.unscaled = ctx.unscaled, None
         if unscaled is None:  # a second backward through a retained graph: the first one gave the buffer away
-            unscaled = launch(op, backend, *ctx.saved_tensors, options, True)[1:]
+            scores, target, class_weight = ctx.saved_tensors
+            unscaled = launch(op, backend, scores, target, class_weight, options, True)[1:]
         grad = finish_grad(backend, unscaled[0], grad_loss, unscaled[1])
         if torch.is_grad_enabled():  # create_graph=True
             grad = NoSecondDerivative.apply(grad, torch.empty((), requires_grad=True))
@@ -257,7 +257,7 @@ def register(op: ElementwiseLoss) -> ElementwiseLoss:
         scores: Tensor, target: Tensor, class_weight: Tensor | None, *numbers: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         *values, needs_grad = numbers
-        backend = backends.choose(scores.device)
+        backend = choose(scores.device)
         loss, grad, inv_known = launch(op, backend, scores, target, class_weight, op.options(*values), needs_grad)
         return (
             loss,

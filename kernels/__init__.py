@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op: launch functions over allocated tensors, no autograd. Importing one needs triton."""

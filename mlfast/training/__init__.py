@@ -1,0 +1,18 @@
+"""Training: `fit` starts a run from a `TrainConfig`, `resume` continues one, `load_model` reads its result."""
+
+from mlfast.training.checkpoint import load_model
+from mlfast.training.config import TrainConfig
+from mlfast.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from mlfast.training.fit import RunResult, fit, resume
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Interrupted",
+    "RunResult",
+    "TrainConfig",
+    "TrainingError",
+    "fit",
+    "load_model",
+    "resume",
+]

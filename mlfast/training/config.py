@@ -1,0 +1,177 @@
+"""Everything that a training run can be told, in one dataclass which checks itself completely.
+
+The fields carry their help text and their rule, so that the command line, its help page and the checks read one list.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from mlfast.training.errors import ConfigError
+
+Rule = tuple[str, Callable[[Any], bool]]
+
+
+def _at_least(low: float) -> Rule:
+    return f"at least {low}", lambda value: value >= low
+
+
+def _above(low: float) -> Rule:
+    return f"above {low}", lambda value: value > low
+
+
+def _between(low: float, high: float) -> Rule:
+    return f"from {low} to {high}", lambda value: low <= value <= high
+
+
+def _inside(low: float, high: float) -> Rule:
+    return f"above {low} and below {high}", lambda value: low < value < high
+
+
+_FOLDER_NAME: Rule = ("a folder name without a slash", lambda value: value not in ("", ".", "..") and "/" not in value)
+
+
+def _about(group: str, text: str, rule: Rule | None = None) -> dict[str, Any]:
+    """The group a setting is shown under, one line of help and the rule its value obeys."""
+    return {"group": group, "help": text, "rule": rule}
+
+
+def _option(default: Any, group: str, text: str, rule: Rule | None = None) -> Any:
+    return field(default=default, metadata=_about(group, text, rule))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of one training run; the defaults train on the built-in digit scenes in about two minutes.
+
+    Every value is checked on construction. Loss settings have the names and meanings of `mlfast.AAMLoss`. The help
+    texts below are what ``mlfast train --help`` shows.
+
+    Raises:
+        ConfigError: lists every wrong value with its key, what was given and what is expected.
+    """
+
+    data: Literal["digits"] = _option("digits", "Data", "built-in data set: scenes of handwritten digits")
+    train_images: int = _option(8000, "Data", "number of training images", _at_least(1))
+    val_images: int = _option(1000, "Data", "number of validation images", _at_least(1))
+    image_size: int = _option(64, "Data", "height and width of an image, in pixels", _between(32, 512))
+
+    backbone: str = _option("test_resnet", "Model", "timm model with a spatial feature map")
+    backbone_args: dict[str, Any] = field(
+        default_factory=dict, metadata=_about("Model", "arguments for timm.create_model, as YAML or JSON")
+    )
+    head: Literal["gap"] = _option("gap", "Model", "gap: global average pooling, then a cosine per class")
+    pretrained: bool = _option(False, "Model", "start from timm's published weights (downloads them)")
+
+    scale: float = _option(20.0, "Loss", "s, which multiplies the cosine", _above(0))
+    margin: float = _option(0.0, "Loss", "m, the angular margin", _between(0, 1))
+    k: float = _option(0.7, "Loss", "weight of the positives; negatives weigh 1-k", _between(0, 1))
+    gamma_neg: float = _option(1.0, "Loss", "focusing of the negatives", _at_least(0))
+    gamma_pos: float = _option(0.0, "Loss", "focusing of the positives", _at_least(0))
+    prob_shift: float = _option(0.0, "Loss", "probability shift that drops easy negatives", _between(0, 1))
+
+    epochs: int = _option(8, "Optimisation", "passes over the training images", _at_least(1))
+    batch_size: int = _option(64, "Optimisation", "images a step", _at_least(2))
+    optimizer: Literal["sgd", "adamw"] = _option("sgd", "Optimisation", "sgd (Nesterov momentum) or adamw")
+    lr: float = _option(0.5, "Optimisation", "peak learning rate, for a loss per image", _above(0))
+    momentum: float = _option(0.9, "Optimisation", "momentum of sgd, beta1 of adamw", _inside(0, 1))
+    weight_decay: float = _option(5e-4, "Optimisation", "decay of weights, not of biases and norms", _at_least(0))
+    warmup: float = _option(0.2, "Optimisation", "share of the steps in which the rate rises", _inside(0, 1))
+    ema_decay: float = _option(
+        0.999, "Optimisation", "moving average of the weights; 0 turns it off", _between(0, 0.99999)
+    )
+
+    name: str | None = _option(None, "Run", "folder below runs_dir; by default data-backbone-number", _FOLDER_NAME)
+    runs_dir: str = _option("runs", "Run", "folder that holds the runs")
+    device: str = _option("auto", "Run", "auto, cpu, cuda, cuda:1, ...")
+    bf16: bool = _option(False, "Run", "bfloat16 autocast in the forward pass")
+    channels_last: bool = _option(True, "Run", "NHWC memory format, faster for convolutions")
+    seed: int = _option(0, "Run", "of initial weights and image order", _at_least(0))
+    deterministic: bool = _option(False, "Run", "only algorithms that repeat bit for bit, on GPUs too")
+
+    def __post_init__(self) -> None:
+        problems = _problems(self.to_dict())
+        if problems:
+            raise ConfigError(problems)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Build from a mapping such as a loaded YAML file; keys that do not exist are problems like wrong values."""
+        known = {name: value for name, value in values.items() if name in _FIELDS}
+        problems = [unknown_key(name) for name in values if name not in _FIELDS]
+        try:
+            config = cls(**known)
+        except ConfigError as error:
+            problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain values, ready for YAML."""
+        return asdict(self)
+
+
+_FIELDS: dict[str, Field[Any]] = {item.name: item for item in fields(TrainConfig)}
+_TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
+
+
+def field_types() -> dict[str, Any]:
+    """The type of every setting, for whoever parses settings from text."""
+    return dict(_TYPES)
+
+
+def field_default(item: Field[Any]) -> Any:
+    """The default of a setting, whether it is a value or made anew each time."""
+    return item.default_factory() if item.default_factory is not MISSING else item.default
+
+
+def unknown_key(name: str) -> str:
+    """Words for a setting that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(str(name), _FIELDS, n=1)
+    return f"{name}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _problems(values: dict[str, Any]) -> list[str]:
+    problems = [text for name, value in values.items() if (text := _problem(name, value))]
+    if not problems and values["batch_size"] > values["train_images"]:
+        problems.append(
+            f"batch_size: got {values['batch_size']}, expected at most train_images ({values['train_images']})"
+        )
+    return problems
+
+
+def _problem(name: str, value: Any) -> str | None:
+    if not _has_type(value, _TYPES[name]):
+        return f"{name}: got {value!r}, expected {_describe(_TYPES[name])}"
+    rule = _FIELDS[name].metadata["rule"]
+    if rule and value is not None and not rule[1](value):
+        return f"{name}: got {value!r}, expected {rule[0]}"
+    return None
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(_has_type(value, part) for part in typing.get_args(kind))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, typing.get_origin(kind) or kind)
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_describe(part) for part in typing.get_args(kind))
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "nothing"}
+    return names.get(kind, "a mapping")

@@ -1,0 +1,179 @@
+"""Starts and continues runs: from settings to data, model, folder and trainer."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mlfast.training.config import TrainConfig
+from mlfast.training.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from mlfast.training.history import Record
+    from mlfast.training.trainer import Trainer
+
+_PACKAGES = ("timm", "torchvision", "safetensors", "tqdm", "yaml", "matplotlib", "sklearn")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        run_dir: its folder.
+        history: one record an epoch, as in ``metrics.jsonl``.
+        best: ``mAP`` and ``epoch`` of the model in ``best``; ``prefix`` is ``"ema_"`` where it is the average.
+    """
+
+    run_dir: Path
+    history: list[Record]
+    best: dict[str, Any]
+
+
+def fit(config: TrainConfig, *, quiet: bool = False) -> RunResult:
+    """Train a model from the start, in a new run folder.
+
+    Args:
+        config: the settings.
+        quiet: show nothing on the terminal.
+
+    Returns:
+        Where the run lies and what it reached.
+
+    Raises:
+        ConfigError, ValueError: settings that cannot be run: an unknown backbone, a run folder that exists, ...
+        ImportError: a package of the ``train`` extra is missing.
+        Interrupted: Ctrl-C; the run can be continued with `resume`.
+        TrainingError: the loss is not finite.
+    """
+    _check_packages()
+    run_dir = _free_run_dir(config)
+    config = replace(config, name=run_dir.name)
+    with _reproducible(config):
+        trainer = _create_trainer(config, run_dir, quiet)
+        return _run(trainer)
+
+
+def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
+    """Continue a run that was stopped, with its own settings. On a CPU the result is that of an uninterrupted run.
+
+    Raises:
+        CheckpointError: there is no run to continue in this folder, or its state is damaged.
+        Others: as `fit`.
+    """
+    _check_packages()
+    import yaml
+
+    from mlfast.training.checkpoint import load_state
+
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").is_file():
+        raise CheckpointError(f"{run_dir} is not a run folder: it has no config.yaml")
+    config = TrainConfig.from_dict(yaml.safe_load((run_dir / "config.yaml").read_text()))
+    state = load_state(run_dir / "state.pt")
+    # The state replaces all weights, so there is nothing to download again.
+    with _reproducible(config):
+        trainer = _create_trainer(replace(config, pretrained=False), run_dir, quiet, state)
+        return _run(trainer)
+
+
+def _run(trainer: Trainer) -> RunResult:
+    trainer.run()
+    return RunResult(trainer.run_dir, trainer.history.records, trainer.best)
+
+
+def _create_trainer(config: TrainConfig, run_dir: Path, quiet: bool, state: dict[str, Any] | None = None) -> Trainer:
+    import yaml
+
+    from mlfast.data.digits import DigitScenes
+    from mlfast.models import create_model
+    from mlfast.training.batches import TensorBatches
+    from mlfast.training.checkpoint import describe_model, write_text
+    from mlfast.training.trainer import Trainer
+
+    device = _device(config.device)
+    torch.manual_seed(config.seed)
+    train = DigitScenes("train", config.train_images, config.image_size)
+    val = DigitScenes("val", config.val_images, config.image_size)
+    model = create_model(
+        config.backbone,
+        len(train.classes),
+        head=config.head,
+        scale=config.scale,
+        pretrained=config.pretrained,
+        **config.backbone_args,
+    )
+    model.to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if state is None:  # everything that can be wrong has been tried: only now does something appear on disk
+        run_dir.mkdir(parents=True)
+        write_text(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    trainer = Trainer(
+        config,
+        model,
+        TensorBatches(train.images, train.targets, config.batch_size, device=device, seed=config.seed),
+        TensorBatches(val.images, val.targets, max(config.batch_size, 256), device=device),
+        run_dir,
+        describe_model(config, model, train.classes),
+        quiet,
+    )
+    if state is not None:
+        trainer.load_state(state)
+    return trainer
+
+
+def _check_packages() -> None:
+    for package in _PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(
+                f'training needs {package}, which is not installed: pip install "mlfast[train]"', name=package
+            )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ConfigError([f"device: got {name!r}, which torch cannot use here ({reason})"]) from error
+    return device
+
+
+def _free_run_dir(config: TrainConfig) -> Path:
+    """A folder that does not exist yet: the one asked for, or the next free number."""
+    runs = Path(config.runs_dir)
+    if config.name is not None:
+        if (runs / config.name).exists():
+            raise ConfigError(
+                [
+                    f"name: {runs / config.name} exists already, expected a new name "
+                    f"(or continue that run: mlfast train --resume {runs / config.name})"
+                ]
+            )
+        return runs / config.name
+    stem = f"{config.data}-{config.backbone.replace('/', '_')}"
+    return next(path for number in range(1, 1_000_000) if not (path := runs / f"{stem}-{number}").exists())
+
+
+@contextmanager
+def _reproducible(config: TrainConfig) -> Iterator[None]:
+    """Bind torch to repeatable algorithms during a deterministic run, and let go of it afterwards."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

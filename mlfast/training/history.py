@@ -1,0 +1,90 @@
+"""The record of a run: one JSON line an epoch, and one picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from mlfast.training.checkpoint import atomic_write, write_text
+
+Record = dict[str, Any]
+
+
+class History:
+    """The epochs of a run, kept in a file ``metrics.jsonl`` with one JSON object a line.
+
+    Keys of a line: ``epoch`` (from 1), ``loss`` (training, per image), ``lr`` (at the end), ``images_per_second``,
+    ``seconds``, then ``val_loss``, ``mAP``, ``OF1``, ... of the trained weights, and the same with ``ema_`` in front
+    for their average. A value that is not finite is null.
+
+    Args:
+        path: the file; it is touched by `restore` and `append` only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[Record] = []
+
+    def restore(self, epochs: int) -> None:
+        """Take over the first epochs of the file and cut off the rest: a killed run may have left half a line."""
+        lines = self.path.read_text().splitlines()[:epochs] if epochs else []
+        self.records = [json.loads(line) for line in lines]
+        write_text(self.path, "".join(line + "\n" for line in lines))
+
+    def append(self, record: Record) -> None:
+        """Add an epoch, in memory and on disk."""
+        record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in record.items()}  # fmt: skip
+        self.records.append(record)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def plot(self, path: Path) -> None:
+        """Draw loss and mAP over the epochs into a PNG file."""
+        draw_curves(self.records, path)
+
+
+def draw_curves(records: list[Record], path: Path) -> None:
+    """Draw loss (left) and mAP in percent (right) over the epochs into one PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)  # not pyplot: no window, and no global state in the caller's process
+    left, right = figure.subplots(1, 2)
+    blue, orange, green = "#3b6fb6", "#d9822b", "#2f9e6e"
+    _curve(left, records, "loss", 1, label="training", color=blue)
+    _curve(left, records, "val_loss", 1, label="validation", color=orange)
+    _curve(left, records, "ema_val_loss", 1, label="validation, EMA", color=green)
+    left.set(title="AAM loss per image", xlabel="epoch")
+    left.set_ylim(bottom=0)
+    _curve(right, records, "mAP", 100, label="weights", color=orange)
+    _curve(right, records, "ema_mAP", 100, label="EMA", color=green)
+    right.set(title="validation mAP, %", xlabel="epoch", ylim=(0, 100))
+    _mark_best(right, records)
+    for axes in (left, right):
+        axes.grid(True, which="both", color="#e4e4e4", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if axes.lines:
+            axes.legend(frameon=False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=130)
+
+
+def _curve(axes: Any, records: list[Record], key: str, factor: float, *, label: str, color: str) -> None:
+    points = [(record["epoch"], factor * record[key]) for record in records if record.get(key) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, color=color, linewidth=1.8, marker="o", markersize=3.5)
+
+
+def _mark_best(axes: Any, records: list[Record]) -> None:
+    points = [(record[key], record["epoch"]) for record in records for key in ("mAP", "ema_mAP") if record.get(key)]
+    if points:
+        value, epoch = max(points)
+        axes.annotate(f"best {100 * value:.1f}", (epoch, 100 * value), xytext=(0, -22), textcoords="offset points",
+                      ha="right", arrowprops={"arrowstyle": "-", "color": "#777777"})  # fmt: skip

@@ -1,0 +1,62 @@
+"""What a run shows on the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlfast.training.history import Record
+
+_COLUMNS = (
+    ("epoch", 5, "{:d}", 1),
+    ("loss", 8, "{:.4f}", 1),
+    ("val_loss", 8, "{:.4f}", 1),
+    ("mAP", 6, "{:.1f}", 100),
+    ("OF1", 6, "{:.1f}", 100),
+    ("CF1", 6, "{:.1f}", 100),
+    ("ema_mAP", 7, "{:.1f}", 100),
+    ("images_per_second", 8, "{:.0f}", 1),
+    ("seconds", 7, "{:.1f}", 1),
+)
+_TITLES = {"val_loss": "val loss", "ema_mAP": "EMA mAP", "images_per_second": "images/s"}
+_SCORES = ("mAP", "OF1", "CF1", "OP", "OR", "CP", "CR")
+
+BAR_FORMAT = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
+
+
+def header() -> str:
+    """The titles over the lines of `epoch_line`."""
+    return "  ".join(f"{_TITLES.get(key, key):>{width}}" for key, width, _, _ in _COLUMNS)
+
+
+def epoch_line(record: Record) -> str:
+    """One epoch in one line; scores in percent."""
+    return "  ".join(f"{_number(record.get(key), form, factor):>{width}}" for key, width, form, factor in _COLUMNS)
+
+
+def result_table(records: list[Record], best: dict[str, Any]) -> str:
+    """Final scores in percent: the trained weights, their average, and the epoch which was kept as best."""
+    rows = [("last weights", records[-1], "")]
+    if "ema_mAP" in records[-1]:
+        rows.append(("last EMA", records[-1], "ema_"))
+    if best["epoch"]:
+        source = "EMA" if best["prefix"] else "weights"
+        rows.append((f"best: {source}, epoch {best['epoch']}", records[best["epoch"] - 1], best["prefix"]))
+    width = max(len(title) for title, _, _ in rows)
+    lines = [" " * width + "".join(f"{score:>7}" for score in _SCORES)]
+    for title, record, prefix in rows:
+        cells = (f"{_number(record.get(prefix + score), '{:.1f}', 100):>7}" for score in _SCORES)
+        lines.append(f"{title:<{width}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def summary(run_dir: Path, records: list[Record], best: dict[str, Any]) -> str:
+    """The table and where everything lies."""
+    return (
+        f"\n{result_table(records, best)}\n\n"
+        f"model    {run_dir / 'best'}\nmetrics  {run_dir / 'metrics.jsonl'}\npicture  {run_dir / 'curves.png'}"
+    )
+
+
+def _number(value: float | None, form: str, factor: float) -> str:
+    return "-" if value is None or value != value else form.format(factor * value)

@@ -1,0 +1,195 @@
+"""Kernels for GPUs, compiled ahead of time: no type error, register spill or narrow access waits for a GPU."""
+
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+H100 = ("cuda", 90, 32)
+OTHER_TARGETS = (("cuda", 80, 32), ("cuda", 100, 32), ("hip", "gfx942", 64))
+
+# Each target gets a process of its own: this one may interpret Triton kernels, and whoever interprets cannot compile.
+TRITON_DRIVER = """
+import json, subprocess, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from mlfast.kernels import aam_loss as module
+
+def compile(kernel, signature, constants, target):
+    kernel = getattr(module, kernel)
+    signature = {**signature, **dict.fromkeys(constants, "constexpr")}
+    for parameter in kernel.params:
+        assert parameter.annotation_type in ("", signature[parameter.name]), parameter.name
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+    source = ASTSource(
+        kernel,
+        {name: signature[name] for name in kernel.arg_names},
+        constants,
+        {(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget(*target), options={"num_warps": module.NUM_WARPS})
+    text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    usage = ""
+    if "cubin" in compiled.asm:
+        with open("kernel.cubin", "wb") as file:
+            file.write(compiled.asm["cubin"])
+        dump = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "kernel.cubin"]
+        usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    return {"ttir": compiled.asm["ttir"], "text": text, "usage": usage}
+
+print(json.dumps([compile(*job) for job in json.load(sys.stdin)]))
+"""
+
+
+def aam_loss_job(
+    cos="bf16", target="i8", weighted=False, grad=True, mean=False, elementwise=False,
+    margin=False, shifted=False, powers=(0, 1), smoothing=False,
+):  # fmt: skip
+    """The signature and the constants with which the launcher specialises aam_loss_kernel."""
+    computing = "fp64" if cos == "fp64" else "fp32"
+    optional = {"class_weight": (weighted, computing), "grad": (grad, cos), "inv_known": (mean, computing)}
+    signature = {"cos": cos, "target": target, "loss": computing, "workspace": "u8"}
+    signature |= {name: kind for name, (present, kind) in optional.items() if present}
+    signature = {name: "*" + kind for name, kind in signature.items()} | {"n": "i64", "classes": "i32"}
+    options = ("scale", "margin", "shift", "smoothing", "weight_pos", "weight_neg", "gamma_pos", "gamma_neg")
+    signature |= dict.fromkeys(options, "fp64")
+    constants = {name: None for name, (present, _) in optional.items() if not present}
+    constants |= {"ELEMENTWISE": elementwise, "SOFT": target[0] in "fb" or smoothing, "MARGIN": margin}
+    constants |= {"SHIFTED": shifted, "POWER_POS": powers[0], "POWER_NEG": powers[1]}
+    constants |= {"MAX_PROGRAMS": 1024, "BLOCK": 512}
+    return "aam_loss_kernel", signature, constants
+
+
+def scale_grad_job(grad):
+    factor = "*fp64" if grad == "fp64" else "*fp32"
+    return "scale_grad_kernel", {"grad": "*" + grad, "factor": factor, "n": "i64"}, {"BLOCK": 512}
+
+
+MOST_USED = aam_loss_job(mean=True)
+REAL = (-1, -1)
+VARIANTS = [
+    MOST_USED,
+    aam_loss_job(powers=(0, 0), grad=False),
+    aam_loss_job("fp32", margin=True, powers=(1, 4), weighted=True, mean=True),
+    aam_loss_job("fp16", "i64", margin=True, powers=REAL, elementwise=True),
+    aam_loss_job("fp32", shifted=True, powers=(0, 2)),
+    aam_loss_job("bf16", "i32", margin=True, shifted=True, powers=REAL, weighted=True),
+    aam_loss_job("fp32", "fp32", margin=True, shifted=True, powers=REAL, weighted=True, mean=True),
+    aam_loss_job("bf16", "bf16", powers=(0, 1)),
+    aam_loss_job("fp16", "fp16", powers=(0, 0), elementwise=True, grad=False),
+    aam_loss_job("fp32", "i16", smoothing=True),
+    aam_loss_job("fp64", "fp64", margin=True, shifted=True, powers=REAL, weighted=True, mean=True),
+    aam_loss_job("fp64", "i8", powers=(7, 3)),
+    *map(scale_grad_job, ("fp32", "bf16", "fp16", "fp64")),
+]
+
+
+@pytest.fixture(scope="module")
+def compile_triton(tmp_path_factory):
+    """Compiles variants for a target; AMD's compiler may be absent from a build of Triton."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    folder = tmp_path_factory.mktemp("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+
+    @functools.cache
+    def compiled(jobs: str, target: tuple):
+        request = json.dumps([(*job, target) for job in json.loads(jobs)])
+        run = subprocess.run(
+            [sys.executable, "-c", TRITON_DRIVER],
+            input=request,
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env=environment,
+        )
+        if target[0] == "hip" and "0 compatible backends" in run.stderr:
+            pytest.skip("this build of Triton has no compiler for AMD GPUs")
+        assert run.returncode == 0, run.stderr
+        return json.loads(run.stdout)
+
+    return lambda jobs, target: compiled(json.dumps(jobs), target)
+
+
+def resources(usage: str) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+
+
+def test_triton_variants_do_not_spill(compile_triton):
+    for job, result in zip(VARIANTS, compile_triton(VARIANTS, H100), strict=True):
+        used = resources(result["usage"])
+        # Spills would be on the stack. With 96 registers, a fifth of an SM's registers serve a program of 128 threads.
+        assert used["STACK"] == used["LOCAL"] == 0, (job, used)
+        assert used["REG"] <= (255 if "*fp64" in job[1].values() else 96), (job, used)
+
+
+def test_triton_full_tiles_use_wide_accesses(compile_triton):
+    ptx = compile_triton(VARIANTS, H100)[2]["text"]  # float32 scores, one-byte targets, four elements a thread
+    assert re.search(r"^\s*ld\.global\.v4\.b32", ptx, re.MULTILINE)
+    assert re.search(r"^\s*st\.global\.v4\.b32", ptx, re.MULTILINE)
+
+
+def test_triton_counts_elements_in_64_bits(compile_triton):
+    for job, result in zip(VARIANTS, compile_triton(VARIANTS, H100), strict=True):
+        loops = re.findall(r"= scf\.for |scf\.for ", result["ttir"])
+        counters = re.findall(r"scf\.for [^\n]*?: (i\d+) ", result["ttir"])
+        assert loops, job
+        assert counters == ["i64"] * len(loops), job
+
+
+def test_triton_rounds_bfloat16_to_nearest(compile_triton):
+    """The interpreter cuts off instead, so only the code for GPUs can show it."""
+    assert "cvt.rn.bf16" in compile_triton(VARIANTS, H100)[0]["text"]
+
+
+def test_triton_orders_partials_before_the_ticket(compile_triton):
+    """Partials are stored, then a barrier, then the ticket is drawn with acq_rel, then partials are read around L1."""
+    ptx = compile_triton(VARIANTS, H100)[0]["text"]
+    events = re.findall(r"st\.global\.b64|bar\.sync|atom\.[\w.]+|ld\.global\.cg\.b64", ptx)
+    ticket = events.index("atom.global.gpu.acq_rel.add.u32")
+    assert events[ticket - 3 : ticket + 2] == ["st.global.b64"] * 2 + ["bar.sync", events[ticket], "bar.sync"]
+    assert "ld.global.cg.b64" not in events[:ticket]
+    assert events.count("ld.global.cg.b64") == 16  # 1024 partials of two kinds, 128 threads
+
+
+@pytest.mark.parametrize("target", OTHER_TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
+def test_triton_other_targets(compile_triton, target):
+    for job, result in zip(VARIANTS[:12:3], compile_triton(VARIANTS[:12:3], target), strict=True):
+        if target[0] == "cuda":
+            used = resources(result["usage"])
+            assert used["STACK"] == used["LOCAL"] == 0, (job, used)
+        else:
+            assert set(re.findall(r"spill_count:\s*(\d+)", result["text"])) == {"0"}, job
+
+
+@pytest.fixture(scope="session")
+def nvcc():
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
+    found = os.environ.get("NVCC") or shutil.which("nvcc") or (str(home) if home.exists() else None)
+    if found is None:
+        pytest.skip("nvcc was not found: install the CUDA toolkit, or set NVCC or CUDA_HOME")
+    return found
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.name)
+def test_cuda_sources_do_not_spill(nvcc, source, tmp_path):
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    archs = [arch for arch in (80, 90, 100) if f"compute_{arch}" in known]
+    assert archs, f"{nvcc} compiles for none of the targets"
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    flags = ["-std=c++17", "-O3", "-prec-div=false", "-Xptxas", "-v", "-Werror", "all-warnings"]
+    run = subprocess.run(
+        [nvcc, *flags, *codes, "-c", str(source), "-o", str(tmp_path / "out.o")], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
+    assert len(spills) > len(archs), "ptxas reported nothing"
+    assert set(spills) == {("0", "0")}, run.stderr

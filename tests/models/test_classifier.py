@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from mlfast.models import MultilabelClassifier, create_model
+from mlfast.nn.cosine_linear import CosineLinear
+
+BACKBONES = ["test_resnet", "test_efficientnet"]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_output_is_a_cosine_per_class(backbone):
+    torch.manual_seed(0)
+    model = create_model(backbone, 7).eval()
+    out = model(model.prepare(torch.randint(0, 256, (3, 3, 48, 64), dtype=torch.uint8)))
+    assert isinstance(model, MultilabelClassifier)
+    assert out.shape == (3, 7) and out.dtype == torch.float32
+    assert out.abs().max() <= 1 + 1e-6 and out.std() > 0
+
+
+def test_the_head_sees_the_mean_over_positions():
+    torch.manual_seed(0)
+    model = create_model("test_resnet", 4).eval()
+    x = torch.randn(2, 3, 64, 64)
+    pooled = model.backbone.forward_features(x).flatten(2).mean(2)
+    torch.testing.assert_close(model(x), model.classifier(pooled))
+
+
+def test_logits_without_cosine():
+    model = create_model("test_resnet", 4, cosine=False).eval()
+    assert isinstance(model.classifier, torch.nn.Linear)
+    x = torch.tensor([[-2.0, 0.0, 3.0]])
+    torch.testing.assert_close(model.probabilities(x), torch.sigmoid(x))
+
+
+def test_probabilities_apply_the_scale():
+    model = create_model("test_resnet", 3, scale=20)
+    cosines = torch.tensor([[-0.5, 0.0, 0.1]])
+    torch.testing.assert_close(model.probabilities(cosines), torch.sigmoid(20 * cosines))
+    assert model.probabilities(cosines.bfloat16()).dtype == torch.float32
+    assert create_model("test_resnet", 3).scale == 23.0
+
+
+def test_prepare_normalises_uint8_on_the_models_statistics():
+    model = create_model("test_resnet", 3)
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    mean, std = (torch.tensor(model.backbone.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    torch.testing.assert_close(model.prepare(images), (images / 255 - mean) / std)
+    with pytest.raises(TypeError, match="uint8"):
+        model.prepare(images.float())
+
+
+def test_weights_in_the_state_are_all_trainable_parts():
+    model = create_model("test_resnet", 3)
+    assert isinstance(model.classifier, CosineLinear)
+    assert "classifier.weight" in model.state_dict()
+    assert not {"mean", "std"} & set(model.state_dict())
+
+
+def test_every_parameter_gets_a_gradient():
+    model = create_model("test_resnet", 3)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_backbone_arguments_reach_timm():
+    assert create_model("resnet10t", 3, channels=(8, 16, 24, 32), stem_width=8).classifier.in_features == 32
+    with pytest.raises(ValueError, match=r"'test_resnet' does not take these arguments \['nonsense'\]"):
+        create_model("test_resnet", 3, nonsense=1)
+
+
+def test_unknown_backbone_names_near_ones():
+    with pytest.raises(ValueError, match=r"unknown backbone 'resnet51'; did you mean .*'resnet50'"):
+        create_model("resnet51", 3)
+
+
+def test_unknown_tag_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown pretrained tag in backbone 'resnet10t.foo'; available: 'resnet10t"):
+        create_model("resnet10t.foo", 3)
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "swin_tiny_patch4_window7_224"])
+def test_a_backbone_without_feature_map_is_refused(backbone):
+    with pytest.raises(ValueError, match=r"needs a feature map .* choose a convolutional backbone"):
+        create_model(backbone, 3)
+
+
+def test_unknown_head():
+    with pytest.raises(ValueError, match="unknown head 'gat'; available: 'gap'"):
+        create_model("test_resnet", 3, head="gat")

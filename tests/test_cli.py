@@ -1,0 +1,166 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import mlfast
+from mlfast import cli
+
+TINY = """\
+backbone: test_resnet
+image_size: 32
+train_images: 64
+val_images: 32
+batch_size: 16
+epochs: 2
+lr: 1e-1
+device: cpu
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    """Keep the generated images out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return "tiny.yaml"
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mlfast {mlfast.__version__}\n"
+
+
+def test_backends(capsys):
+    assert cli.main(["backends"]) == 0
+    assert capsys.readouterr().out == f"{mlfast.backends()}\n"
+
+
+def test_no_command_explains_the_commands(capsys):
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert "train " in out and "backends " in out
+
+
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["tain"])
+    assert stopped.value.code == 2
+    assert "invalid choice: 'tain'" in capsys.readouterr().err
+
+
+def test_train_help_fits_and_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--help"])
+    assert stopped.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    from mlfast.training import TrainConfig
+
+    for name in TrainConfig.__dataclass_fields__:
+        assert sum(line.startswith(f"  --{name} ") for line in lines) == 1
+    assert len(lines) < 80 and max(map(len, lines)) <= 120
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys\nfrom mlfast import cli\ntry: cli.main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'timm', 'torchvision', 'matplotlib', 'sklearn', 'safetensors', 'triton'}\n"
+        "print('loaded:', sorted(heavy & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout
+    assert out.splitlines()[-1] == "loaded: []"
+
+
+def test_options_go_over_the_file(config, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", config, "--epochs", "7", "--backbone_args", "{x: [8]}", "--name", "2024", "--print_config"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "epochs: 7\n" in out and "train_images: 64\n" in out and "lr: 0.1\n" in out and "name: '2024'\n" in out
+    assert "resume" not in out
+
+
+def test_train_from_a_file(config, capsys, tmp_path):
+    assert cli.main(["train", config, "--epochs", "1", "--name", "one"]) == 0
+    assert "runs/one/curves.png" in capsys.readouterr().out
+    assert len((tmp_path / "runs/one/metrics.jsonl").read_text().splitlines()) == 1
+    assert cli.main(["train", config, "--name", "one"]) == 2
+    assert "runs/one exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "x", "--epochs", "0"], "lr: got 'x', expected a finite number"),
+        (["--lr", "x", "--epochs", "0"], "epochs: got 0, expected at least 1"),
+        (["--batch-size", "3"], "batch-size: there is no such setting; did you mean batch_size?"),
+        (["wrong.yaml"], "bach_size: there is no such setting; did you mean batch_size?"),
+        (["absent.yaml"], "File does not exist"),
+        (["--backbone", "resnet51"], "unknown backbone 'resnet51'; did you mean"),
+        (["--backbone", "test_vit"], "choose a convolutional backbone"),
+        (["--backbone_args", "{x: 1}", "--backbone", "test_resnet"], "does not take these arguments ['x']"),
+        (["--resume", "absent"], "absent is not a run folder"),
+        (["--resume", "absent", "--lr", "1"], "it goes with no other option"),
+        (["--resume=absent", "--lr=1"], "it goes with no other option"),
+        (["--lr"], "argument --lr: expected one argument"),
+    ],
+)
+def test_wrong_use_is_one_clear_message_and_status_2(config, capsys, arguments, message, tmp_path):
+    (tmp_path / "wrong.yaml").write_text("bach_size: 3\n")
+    if "--backbone" in arguments:
+        arguments = [config, *arguments]
+    assert cli.main(["train", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("mlfast train: ")
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("package", ["jsonargparse", "timm", "matplotlib"])
+def test_a_missing_package_is_one_line_with_the_remedy(config, package):
+    code = f"""
+import sys
+sys.modules[{package!r}] = None  # to the import system: not installed
+from mlfast import cli
+sys.exit(cli.main(["train", {config!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert package in done.stderr and 'pip install "mlfast[train]"' in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
+def test_ctrl_c_saves_and_resume_finishes(config, tmp_path):
+    command = [sys.executable, "-m", "mlfast", "train"]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, config, "--epochs", "15", "--name", "stopped"], **pipes)
+    metrics = tmp_path / "runs/stopped/metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 1):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; continue with: mlfast train --resume runs/stopped" in err
+    assert "Traceback" not in err
+    done = metrics.read_text().count("\n")
+    assert 1 <= done < 15
+    assert (tmp_path / "runs/stopped/curves.png").exists()
+
+    finished = subprocess.run([*command, "--resume", "runs/stopped"], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    epochs = [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()]
+    assert epochs == list(range(1, 16))

@@ -1,0 +1,109 @@
+"""Batches, optimiser, schedule and history."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mlfast.training import TrainConfig
+from mlfast.training.batches import TensorBatches
+from mlfast.training.history import History
+from mlfast.training.optimization import create_optimizer, create_schedule, parameter_groups
+
+CPU = torch.device("cpu")
+
+
+def numbers(batches, epoch, start=0):
+    """The images that an epoch gives, batch by batch; every image holds its own number."""
+    return [images[:, 0, 0, 0].tolist() for images, _ in batches.epoch(epoch, start)]
+
+
+def make_batches(count, size, seed):
+    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    return TensorBatches(images, torch.arange(count, dtype=torch.int8).view(-1, 1), size, device=CPU, seed=seed)
+
+
+def test_without_a_seed_every_image_comes_once_in_order():
+    batches = make_batches(10, 4, None)
+    assert numbers(batches, 0) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert len(batches) == 3
+
+
+def test_with_a_seed_epochs_are_shuffled_full_batches():
+    batches = make_batches(10, 4, seed=3)
+    assert len(batches) == 2
+    first, second = numbers(batches, 0), numbers(batches, 1)
+    assert [len(batch) for batch in first] == [4, 4]
+    assert len({number for batch in first for number in batch}) == 8
+    assert first != second
+    assert first == numbers(make_batches(10, 4, seed=3), 0)
+    assert first != numbers(make_batches(10, 4, seed=4), 0)
+
+
+def test_starting_inside_an_epoch_gives_the_rest_of_it():
+    batches = make_batches(20, 4, seed=0)
+    assert numbers(batches, 5, start=2) == numbers(batches, 5)[2:]
+
+
+def test_images_and_targets_stay_together():
+    for images, targets in make_batches(20, 4, seed=0).epoch(0):
+        assert images[:, 0, 0, 0].tolist() == targets[:, 0].tolist()
+
+
+def test_biases_and_norms_do_not_decay():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    model[2].weight.requires_grad_(False)
+    decayed, free = parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    assert [id(p) for p in decayed["params"]] == [id(model[0].weight)]
+    expected = [model[0].bias, model[1].weight, model[1].bias, model[2].bias]
+    assert [id(p) for p in free["params"]] == [id(p) for p in expected]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_learning_rate_rises_to_its_peak_and_falls(name):
+    config = TrainConfig(optimizer=name, lr=0.4, momentum=0.8, warmup=0.25)
+    optimizer = create_optimizer(nn.Linear(2, 2), config)
+    schedule = create_schedule(optimizer, config, total_steps=40)
+    rates, momenta = [], set()
+    for _ in range(40):
+        group = optimizer.param_groups[0]
+        rates.append(group["lr"])
+        momenta.add(group["momentum"] if name == "sgd" else group["betas"][0])
+        optimizer.step()
+        schedule.step()
+    assert max(rates) == pytest.approx(0.4) and rates.index(max(rates)) == 9  # a quarter of 40, counted from 0
+    assert rates[0] == pytest.approx(0.004) and rates[-1] < 1e-5
+    assert momenta == {0.8}
+
+
+def test_history_writes_json_lines_and_null_for_nan(tmp_path):
+    history = History(tmp_path / "metrics.jsonl")
+    history.append({"epoch": 1, "mAP": math.nan, "loss": 0.5})
+    history.append({"epoch": 2, "mAP": 0.25, "loss": math.inf})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == history.records
+    assert history.records[0] == {"epoch": 1, "mAP": None, "loss": 0.5}
+    assert history.records[1]["loss"] is None
+
+
+def test_history_continues_after_the_epochs_that_count(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3, "m')
+    history = History(path)
+    history.restore(epochs=2)
+    assert [record["epoch"] for record in history.records] == [1, 2]
+    history.append({"epoch": 3})
+    assert path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3}\n'
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 5])
+def test_picture(tmp_path, epochs):
+    history = History(tmp_path / "metrics.jsonl")
+    for epoch in range(1, epochs + 1):
+        scores = {"mAP": 0.1 * epoch, "ema_mAP": None}
+        history.append({"epoch": epoch, "loss": 1 / epoch, "val_loss": 1.2 / epoch, **scores})
+    history.plot(tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

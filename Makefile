@@ -20,12 +20,12 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt
 	@echo "== creating $(VENV) and installing dependencies (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,triton]"
+	MLFAST_NATIVE=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,triton]"
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	@echo "== compiling csrc/ (CUDA too where nvcc is found; MLFAST_CUDA=0 leaves it out)"
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	MLFAST_NATIVE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/mlfast backends
 	@touch $@
 

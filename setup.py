@@ -1,6 +1,7 @@
 """Build of mlfast._native: csrc/ compiled by ninja, with CUDA where nvcc is found. Neither torch nor triton is needed.
 
 Environment:
+    MLFAST_NATIVE         1: insist on the compiled module; 0: leave it out; unset: go on without it if it fails to build
     MLFAST_CUDA           1: insist on CUDA, fail where it cannot be built; 0: leave it out; unset: if nvcc is found
     MLFAST_CUDA_ARCHS     compute capabilities, e.g. "80;90"; PTX of the last one is added for later chips
     CXX, NVCC             the compilers; CXXFLAGS is appended to the C++ flags
@@ -142,7 +143,10 @@ def escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+native = os.environ.get("MLFAST_NATIVE", "")
+if native not in ("", "0", "1"):
+    raise SystemExit(f"MLFAST_NATIVE must be 0, 1 or unset, got {native!r}")
 setup(
-    ext_modules=[Extension("mlfast._native", sources=[], optional=True)],
+    ext_modules=[] if native == "0" else [Extension("mlfast._native", sources=[], optional=native != "1")],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -76,3 +76,9 @@ def test_without_a_compiler_the_install_still_works(tmp_path):
     output = run_installed(wheel, tmp_path)
     assert "- cpu" in output
     assert "Install a C++ compiler" in output
+
+
+def test_insisting_on_the_compiled_module_fails_without_a_compiler(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        build_wheel(tmp_path, CXX="no-such-compiler", MLFAST_NATIVE="1")
+    assert b"no-such-compiler" in failure.value.output + failure.value.stderr

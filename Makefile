@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make bench   every benchmark, with the results in bench/results/
 # make lint    ruff, mypy, clang-format
+# make sanitize   the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # Each creates .venv when it is missing and installs what changed since the last time.
 
@@ -14,7 +15,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench lint format sanitize clean
 
 $(VENV)/.dependencies: pyproject.toml constraints.txt
 	@echo "== creating $(VENV) and installing dependencies (a few minutes the first time)"
@@ -50,6 +51,15 @@ format: $(VENV)/.dependencies
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# The instrumented module replaces the usual one for the run; afterwards it goes, and the next target builds anew.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(VENV)/.dependencies
+	CXXFLAGS="$(SANITIZE) -O1 -g" LDFLAGS="$(SANITIZE)" MLFAST_CUDA=0 MLFAST_NATIVE=1 $(BIN)/python setup.py --quiet \
+	  build_ext --inplace --force --build-temp build/sanitize --build-lib build/sanitize
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python -m pytest tests/ops -k "cpu and not opcheck"; \
+	  status=$$?; rm -f mlfast/_native*.so $(VENV)/.built; exit $$status
 
 clean:
 	rm -rf build *.egg-info mlfast/_native*.so

@@ -1,10 +1,10 @@
 """Build of mlfast._native: csrc/ compiled by ninja, with CUDA where nvcc is found. Neither torch nor triton is needed.
 
 Environment:
-    MLFAST_NATIVE         1: insist on the compiled module; 0: leave it out; unset: go on without it if it fails to build
+    MLFAST_NATIVE         1: insist on the compiled module; 0: leave it out; unset: go on without it if it fails
     MLFAST_CUDA           1: insist on CUDA, fail where it cannot be built; 0: leave it out; unset: if nvcc is found
     MLFAST_CUDA_ARCHS     compute capabilities, e.g. "80;90"; PTX of the last one is added for later chips
-    CXX, NVCC             the compilers; CXXFLAGS is appended to the C++ flags
+    CXX, NVCC             the compilers; CXXFLAGS is appended to the C++ flags, LDFLAGS to the command that links
 """
 
 import os
@@ -116,7 +116,8 @@ def ninja_file(target: Path, folder: Path, nvcc: str | None, why_no_cuda: str) -
     else:
         defines = [define("MLFAST_WHY_NO_CUDA", why_no_cuda)]
     rules.append(ninja_rule("cxx", " ".join([cxx, *cxx_flags(), *defines])))
-    rules.append(f"rule link\n  command = {link} -o $out $in\n  description = link $out\n")
+    link += f" -o $out $in {os.environ.get('LDFLAGS', '')}"
+    rules.append(f"rule link\n  command = {link}\n  description = link $out\n")
     objects = [folder / source.relative_to(ROOT).with_suffix(source.suffix + ".o") for source in sources]
     builds = [
         f"build {escape(obj)}: {'cuda' if source.suffix == '.cu' else 'cxx'} {escape(source)}"

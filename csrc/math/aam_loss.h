@@ -24,7 +24,7 @@ MLFAST_HD LossGrad<T> aam_hard(T cos, bool positive, const AamParams<T>& a) {
   const LossSide<T> side = choose(positive, a);
   const T sign = positive ? T(1) : T(-1);
   const T signed_cos = sign * cos;
-  const math::Sigmoid<T> own = math::sigmoid(a.scale * (signed_cos - a.margin));
+  const math::Sigmoid<T> own = math::sigmoid(a.scale * (Margin ? signed_cos - a.margin : signed_cos));
   T focus = own.complement, log_focus = own.log_complement, focus_complement = own.p;
   if (Margin && F != kFocusNone) {
     const math::Sigmoid<T> other = math::sigmoid(-a.scale * (signed_cos + a.margin));

@@ -30,12 +30,13 @@ MLFAST_HD LossGrad<T> asl_hard(T logit, bool positive, const AslParams<T>& a) {
     const bool open = raised < T(1);  // otherwise the negative is easy enough to have no loss and no gradient at all
     const T q = math::at_most(raised, T(1));
     const T variance = open ? own.p * own.complement : T(0);
-    const T clipped_base = math::at_least(own.complement - a.clip, T(1e-37));
+    const T clipped_base = math::at_least(own.complement - a.clip, T(1e-30));
+    const T ratio = variance / (q * clipped_base);  // one division for variance / q and variance / clipped_base
     const T log_q = math::log_positive(q);
     log_own = positive ? log_own : log_q;
-    log_own_slope = positive ? log_own_slope : variance / q;
+    log_own_slope = positive ? log_own_slope : ratio * clipped_base;
     base = positive ? base : clipped_base;
-    log_base_slope = positive ? log_base_slope : -variance / clipped_base;
+    log_base_slope = positive ? log_base_slope : -ratio * q;
     if (F == kFocusReal) {
       const T log_clipped_base = math::log_positive(clipped_base);
       log_base = positive ? log_base : log_clipped_base;
@@ -59,7 +60,7 @@ MLFAST_HD LossGrad<T> asl_soft(T logit, T y, const AslParams<T>& a) {
     base_neg_slope = raised < T(1) ? variance : T(0);
     log_q = math::log_positive(q);
     log_q_slope = -base_neg_slope / q;
-    base_neg = math::at_least(s.p - a.clip, T(1e-37));
+    base_neg = math::at_least(s.p - a.clip, T(1e-30));
     log_base_neg = math::log_positive(base_neg);
   }
   const T not_y = T(1) - y;

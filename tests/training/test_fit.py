@@ -92,11 +92,12 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_does_not(tiny):
 @pytest.mark.parametrize("stop_after", [1, 4, 6])  # in the first epoch, at the end of one, in the middle of the second
 def test_interrupt_and_resume_equal_an_uninterrupted_run_bit_for_bit(tiny, monkeypatch, stop_after):
     whole = fit(tiny(name="whole"), quiet=True)
+    handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         at_step(patch, stop_after, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(Interrupted, match=r"mlfast train --resume .*parts") as stopped:
             fit(tiny(name="parts"), quiet=True)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     state = final_state(stopped.value.run_dir)
     assert 4 * state["epoch"] + state["step"] == stop_after
     torch.manual_seed(1234)  # whatever the new process's random state is

@@ -1,0 +1,54 @@
+"""asymmetric_loss against eager PyTorch, torch.compile and timm, forward alone and training (forward + backward).
+
+``eager`` is mlfast's own reference in plain PyTorch; ``eager pow`` is the form of the public code: sigmoids,
+clamped logarithms, a power. timm's loss is a mean over the batch; it is multiplied by the batch size here.
+"""
+
+import pytest
+import torch
+
+from bench.losses import SIZES, bench_loss, forward, training
+from mlfast.functional import asymmetric_loss
+from mlfast.ops.asymmetric_loss import check_options, reference
+from mlfast.torchvision_compat import import_torchvision
+
+OPTIONS = check_options(4.0, 0.0, 0.05, 0.0, False, "sum")  # ASL's own, on COCO
+
+
+def plain_reference(logits, target):
+    return reference(logits, target, None, OPTIONS)
+
+
+def plain_pow(logits, target):
+    gamma_neg, gamma_pos, clip, *_ = OPTIONS
+    p = torch.sigmoid(logits)
+    q = (1 - p + clip).clamp(max=1)
+    loss = target * torch.log(p.clamp(min=1e-8)) + (1 - target) * torch.log(q.clamp(min=1e-8))
+    focus = torch.pow(1 - p * target - q * (1 - target), gamma_pos * target + gamma_neg * (1 - target))
+    return -(loss * focus).sum()
+
+
+def timm_loss():
+    import_torchvision()
+    from timm.loss import AsymmetricLossMultiLabel
+
+    loss = AsymmetricLossMultiLabel(gamma_neg=OPTIONS.gamma_neg, gamma_pos=OPTIONS.gamma_pos, clip=OPTIONS.clip)
+    return lambda logits, target: loss(logits, target) * len(logits)
+
+
+def contestants():
+    torch._dynamo.reset()
+    return {
+        "mlfast": asymmetric_loss,
+        "eager": plain_reference,
+        "eager pow": plain_pow,
+        "timm": timm_loss(),
+        "compile": torch.compile(plain_reference),
+        "compile pow": torch.compile(plain_pow),
+    }
+
+
+@pytest.mark.parametrize("mode", [training, forward])
+@pytest.mark.parametrize("size", SIZES)
+def bench_asymmetric_loss(benchmark, record, bandwidth, quick, size, mode):
+    bench_loss("asymmetric_loss", contestants(), plain_reference, benchmark, record, bandwidth, quick, size, mode)

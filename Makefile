@@ -1,13 +1,17 @@
 # make demo    train on the built-in pictures (about 3 minutes on two cores), then time the loss
 # make test    the whole test suite
-# make bench   every benchmark, with the results in bench/results/
+# make bench   every benchmark (about 10 minutes); writes bench/results/ and the README's tables
 # make lint    ruff, mypy, clang-format
 # make sanitize   the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+# make gpu-check OUT=folder   on a machine with a GPU: build, test every backend, benchmark, with $(PYTHON) as it is
 #
-# Each creates .venv when it is missing and installs what changed since the last time.
+# Each other target creates .venv when it is missing and installs what changed since the last time.
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV ?= .venv
+OUT ?= gpu-check
 BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -15,7 +19,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench lint format sanitize clean
+.PHONY: demo test bench lint format sanitize gpu-check clean
 
 $(VENV)/.dependencies: pyproject.toml constraints.txt
 	@echo "== creating $(VENV) and installing dependencies (a few minutes the first time)"
@@ -39,7 +43,8 @@ test: $(VENV)/.built
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.built
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m pytest bench --save-results
+	$(BIN)/python -m bench.readme
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .
@@ -60,6 +65,16 @@ sanitize: $(VENV)/.dependencies
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python -m pytest tests/ops -k "cpu and not opcheck"; \
 	  status=$$?; rm -f mlfast/_native*.so $(VENV)/.built; exit $$status
+
+# Not run yet, for want of a GPU. Installs nothing: needs torch with CUDA, triton, pybind11, ninja, setuptools, pytest, pytest-benchmark, hypothesis.
+gpu-check:
+	mkdir -p "$(OUT)"
+	MLFAST_NATIVE=1 MLFAST_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m mlfast backends | tee "$(OUT)/backends.txt"
+	$(PYTHON) -m pytest tests/ops tests/test_backends.py --junit-xml "$(OUT)/tests.xml" | tee "$(OUT)/tests.txt"
+	for backend in cuda triton; do \
+	  MLFAST_BACKEND=$$backend $(PYTHON) -m pytest bench --device cuda --benchmark-json "$(OUT)/bench-$$backend.json" \
+	    | tee "$(OUT)/bench-$$backend.txt"; done
 
 clean:
 	rm -rf build *.egg-info mlfast/_native*.so

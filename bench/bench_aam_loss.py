@@ -44,14 +44,14 @@ def contestants():
 
 @pytest.mark.parametrize("mode", [training, forward])
 @pytest.mark.parametrize("size", SIZES)
-def bench_aam_loss(benchmark, record, bandwidth, quick, size, mode):
-    bench_loss("aam_loss", contestants(), plain_reference, benchmark, record, bandwidth, quick, size, mode)
+def bench_aam_loss(benchmark, record, device, bandwidth, quick, size, mode):
+    bench_loss("aam_loss", contestants(), plain_reference, benchmark, record, device, bandwidth, quick, size, mode)
 
 
-def bench_call_overhead(benchmark, record):
+def bench_call_overhead(benchmark, record, device):
     """One label, forward + backward: what a call costs before any arithmetic, beside PyTorch's own smallest loss."""
-    cos = torch.zeros(1, 1, requires_grad=True)
-    target = torch.ones(1, 1)
+    cos = torch.zeros(1, 1, device=device, requires_grad=True)
+    target = torch.ones(1, 1, device=device)
     steps = {"mlfast": training(aam_loss), "x.sum()": training(lambda cos, target: cos.sum())}
     medians = race(benchmark, steps, [(cos, target, target)] * 3, "mlfast", 2000)
     record(op="call_overhead", case="1 x 1 training", median_us={n: round(v * 1e6, 1) for n, v in medians.items()})

@@ -50,5 +50,7 @@ def contestants():
 
 @pytest.mark.parametrize("mode", [training, forward])
 @pytest.mark.parametrize("size", SIZES)
-def bench_asymmetric_loss(benchmark, record, bandwidth, quick, size, mode):
-    bench_loss("asymmetric_loss", contestants(), plain_reference, benchmark, record, bandwidth, quick, size, mode)
+def bench_asymmetric_loss(benchmark, record, device, bandwidth, quick, size, mode):
+    bench_loss(
+        "asymmetric_loss", contestants(), plain_reference, benchmark, record, device, bandwidth, quick, size, mode
+    )

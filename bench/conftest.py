@@ -17,6 +17,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("mlfast")
     group.addoption("--quick", action="store_true", help="few sizes, few rounds: minutes instead of tens of minutes")
     group.addoption("--threads", type=int, default=torch.get_num_threads(), help="threads for every contestant")
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where tensors live")
     group.addoption("--save-results", action="store_true", help="write bench/results/<machine>.json")
 
 
@@ -43,9 +44,14 @@ def record(request, benchmark):
 
 
 @pytest.fixture(scope="session")
-def bandwidth(request):
+def device(request):
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def bandwidth(request, device):
     """Copy bandwidth of this machine in bytes per second, measured in this run."""
-    value = machine.copy_bandwidth()
+    value = machine.copy_bandwidth(device)
     request.config.mlfast_notes["copy_bandwidth_GBps"] = round(value / 1e9, 1)
     return value
 
@@ -55,7 +61,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if not rows:
         return
     terminalreporter.section("mlfast")
-    about = machine.description() | config.mlfast_notes
+    about = machine.description(torch.device(config.getoption("--device"))) | config.mlfast_notes
     for key, value in about.items():
         terminalreporter.line(f"{key:>20}  {value}")
     for line in table(rows):

@@ -37,12 +37,12 @@ def byte_targets(step):
     return lambda cos, target, byte_target: step(cos, byte_target, byte_target)
 
 
-def make_inputs(rows, classes):
+def make_inputs(rows, classes, device):
     sets = []
     for seed in range(number_of_sets(rows * classes * 13)):
         g = torch.Generator().manual_seed(seed)
-        cos = (torch.rand(rows, classes, generator=g) * 2 - 1).requires_grad_()
-        target = torch.rand(rows, classes, generator=g) < 3 / classes  # about three labels per image
+        cos = (torch.rand(rows, classes, generator=g) * 2 - 1).to(device).requires_grad_()
+        target = (torch.rand(rows, classes, generator=g) < 3 / classes).to(device)  # about three labels per image
         sets.append((cos, target.float(), target.to(torch.uint8)))
     return sets
 
@@ -53,12 +53,12 @@ def assert_same_results(losses, reference, scores, target):
         assert loss(scores, target).item() == pytest.approx(truth.item(), rel=1e-5), name
 
 
-def bench_loss(op, contestants, reference, benchmark, record, bandwidth, quick, size, mode):
+def bench_loss(op, contestants, reference, benchmark, record, device, bandwidth, quick, size, mode):
     """Races every way to compute one loss; ``contestants`` holds mlfast's own under the name "mlfast"."""
     if quick and (size not in QUICK or mode is not training):
         pytest.skip("left out of --quick")
     rows, classes = SIZES[size]
-    inputs = make_inputs(rows, classes)
+    inputs = make_inputs(rows, classes, device)
     assert_same_results(contestants, reference, *inputs[0][:2])
     steps = {name: mode(loss) for name, loss in contestants.items()}
     steps["mlfast uint8"] = byte_targets(mode(contestants["mlfast"]))

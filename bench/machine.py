@@ -13,11 +13,13 @@ import numpy
 import torch
 
 import mlfast
-from bench.race import seconds
+from bench.race import seconds, until_done
 
 
-def processor() -> str:
-    """The model name and what this process sees of it."""
+def processor(device: torch.device) -> str:
+    """The model name, and what this process sees of it."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     name = found.group(1) if found else platform.processor()
@@ -42,10 +44,10 @@ def commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
-def description() -> dict[str, str]:
+def description(device: torch.device) -> dict[str, str]:
     """Everything that a reader needs to judge the numbers."""
     return {
-        "processor": processor(),
+        "processor": processor(device),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "python": platform.python_version(),
@@ -55,8 +57,9 @@ def description() -> dict[str, str]:
     }
 
 
-def copy_bandwidth(num_bytes: int = 256 * 2**20, repeats: int = 7) -> float:
+def copy_bandwidth(device: torch.device, num_bytes: int = 256 * 2**20, repeats: int = 7) -> float:
     """Bytes per second of torch's copy between buffers far beyond the caches; a copy counts as a read and a write."""
-    source, target = torch.ones(num_bytes // 4), torch.empty(num_bytes // 4)
-    target.copy_(source)
-    return 2 * num_bytes / statistics.median(seconds(target.copy_, source) for _ in range(repeats))
+    source, target = torch.ones(num_bytes // 4, device=device), torch.empty(num_bytes // 4, device=device)
+    copy = until_done(target.copy_)
+    copy(source)
+    return 2 * num_bytes / statistics.median(seconds(copy, source) for _ in range(repeats))

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 Contestant = Callable[..., Any]
 
 # Rotated inputs together exceed every CPU cache of the machines at hand (32 MiB), up to a number of sets.
@@ -27,6 +29,18 @@ def seconds(run: Contestant, *arguments: Any) -> float:
     return time.perf_counter() - start
 
 
+def until_done(run: Contestant) -> Contestant:
+    """The same call, which returns when the GPU has finished what it launched; on a CPU, the call itself."""
+    if not torch.cuda.is_initialized():
+        return run
+
+    def call(*arguments: Any) -> None:
+        run(*arguments)
+        torch.cuda.synchronize()
+
+    return call
+
+
 def race(
     benchmark: Any, contestants: dict[str, Contestant], inputs: Sequence[tuple[Any, ...]], subject: str, rounds: int
 ) -> dict[str, float]:
@@ -37,6 +51,7 @@ def race(
     Returns:
         The median seconds of each contestant.
     """
+    contestants = {name: until_done(run) for name, run in contestants.items()}
     others = {name: run for name, run in contestants.items() if name != subject}
     times: dict[str, list[float]] = {name: [] for name in others}
     turn = 0

@@ -44,9 +44,11 @@ def until_done(run: Contestant) -> Contestant:
 def race(
     benchmark: Any, contestants: dict[str, Contestant], inputs: Sequence[tuple[Any, ...]], subject: str, rounds: int
 ) -> dict[str, float]:
-    """Runs every contestant once per round, in turn, each on the round's inputs.
+    """Runs every contestant once per round, in the order given, each on the round's inputs.
 
-    The subject's rounds are pytest-benchmark's own; the others run in the set-up of each round, timed the same way.
+    Name contestants that share code apart from each other: the second of two in a row would find its code in the
+    caches. The subject comes last in a round, which pytest-benchmark times; the others run in the round's set-up, timed
+    the same way.
 
     Returns:
         The median seconds of each contestant.

@@ -9,16 +9,24 @@ namespace {
 template <bool Shifted, bool Margin, int F>
 struct Hard {
   template <typename T>
-  MLFAST_HD static LossGrad<T> at(T cos, T y, const AamParams<T>& a) {
-    return Shifted ? aam_shifted<Margin, F>(cos, y > T(0), a) : aam_hard<Margin, F>(cos, y > T(0), a);
+  MLFAST_HD static T logit(T cos, T y, const AamParams<T>& a) {
+    return Shifted ? aam_logit(cos, a) : aam_hard_logit<Margin>(cos, y > T(0), a);
+  }
+  template <typename T>
+  MLFAST_HD static LossGrad<T> at(T cos, T y, const AamParams<T>& a, const math::Sigmoid<T>& s) {
+    return Shifted ? aam_shifted<Margin, F>(cos, y > T(0), a, s) : aam_hard<Margin, F>(cos, y > T(0), a, s);
   }
 };
 
 template <bool Shifted>
 struct Soft {
   template <typename T>
-  MLFAST_HD static LossGrad<T> at(T cos, T y, const AamParams<T>& a) {
-    return aam_soft<Shifted>(cos, y, a);
+  MLFAST_HD static T logit(T cos, T, const AamParams<T>& a) {
+    return aam_logit(cos, a);
+  }
+  template <typename T>
+  MLFAST_HD static LossGrad<T> at(T cos, T y, const AamParams<T>& a, const math::Sigmoid<T>& s) {
+    return aam_soft<Shifted>(cos, y, a, s);
   }
 };
 

@@ -9,16 +9,24 @@ namespace {
 template <bool Clipped, bool Detached, int F>
 struct Hard {
   template <typename T>
-  MLFAST_HD static LossGrad<T> at(T logit, T y, const AslParams<T>& a) {
-    return asl_hard<Clipped, Detached, F>(logit, y > T(0), a);
+  MLFAST_HD static T logit(T logit, T y, const AslParams<T>&) {
+    return y > T(0) ? logit : -logit;
+  }
+  template <typename T>
+  MLFAST_HD static LossGrad<T> at(T, T y, const AslParams<T>& a, const math::Sigmoid<T>& s) {
+    return asl_hard<Clipped, Detached, F>(y > T(0), a, s);
   }
 };
 
 template <bool Clipped, bool Detached>
 struct Soft {
   template <typename T>
-  MLFAST_HD static LossGrad<T> at(T logit, T y, const AslParams<T>& a) {
-    return asl_soft<Clipped, Detached>(logit, y, a);
+  MLFAST_HD static T logit(T logit, T, const AslParams<T>&) {
+    return logit;
+  }
+  template <typename T>
+  MLFAST_HD static LossGrad<T> at(T, T y, const AslParams<T>& a, const math::Sigmoid<T>& s) {
+    return asl_soft<Clipped, Detached>(y, a, s);
   }
 };
 

@@ -18,16 +18,26 @@ struct AamParams {
   LossSide<T> positive, negative;
 };
 
+// Each formula comes in two forms: of the cosine alone, and with its first sigmoid computed ahead, of these logits.
+template <typename T>
+MLFAST_HD T aam_logit(T cos, const AamParams<T>& a) {
+  return a.scale * (cos - a.margin);
+}
+
+template <bool Margin, typename T>
+MLFAST_HD T aam_hard_logit(T cos, bool positive, const AamParams<T>& a) {
+  const T signed_cos = positive ? cos : -cos;
+  return a.scale * (Margin ? signed_cos - a.margin : signed_cos);
+}
+
 // Hard target, no probability shift. Without a margin u = -v, so one exponential and one logarithm serve both sides.
 template <bool Margin, int F, typename T>
-MLFAST_HD LossGrad<T> aam_hard(T cos, bool positive, const AamParams<T>& a) {
+MLFAST_HD LossGrad<T> aam_hard(T cos, bool positive, const AamParams<T>& a, const math::Sigmoid<T>& own) {
   const LossSide<T> side = choose(positive, a);
   const T sign = positive ? T(1) : T(-1);
-  const T signed_cos = sign * cos;
-  const math::Sigmoid<T> own = math::sigmoid(a.scale * (Margin ? signed_cos - a.margin : signed_cos));
   T focus = own.complement, log_focus = own.log_complement, focus_complement = own.p;
   if (Margin && F != kFocusNone) {
-    const math::Sigmoid<T> other = math::sigmoid(-a.scale * (signed_cos + a.margin));
+    const math::Sigmoid<T> other = math::sigmoid(-a.scale * (sign * cos + a.margin));
     focus = other.p, log_focus = other.log_p, focus_complement = other.complement;
   }
   const T weight = side.weight * focus_weight<F>(focus, log_focus, side);
@@ -36,11 +46,15 @@ MLFAST_HD LossGrad<T> aam_hard(T cos, bool positive, const AamParams<T>& a) {
   return {-a.inv_scale * weight * own.log_p, -sign * weight * slope};
 }
 
+template <bool Margin, int F, typename T>
+MLFAST_HD LossGrad<T> aam_hard(T cos, bool positive, const AamParams<T>& a) {
+  return aam_hard<Margin, F>(cos, positive, a, math::sigmoid(aam_hard_logit<Margin>(cos, positive, a)));
+}
+
 // Hard target with a probability shift: q = min(p- + shift, 1) takes the place of p-. Where q reaches 1 a negative has
 // exactly zero loss and gradient.
 template <bool Margin, int F, typename T>
-MLFAST_HD LossGrad<T> aam_shifted(T cos, bool positive, const AamParams<T>& a) {
-  const math::Sigmoid<T> u = math::sigmoid(a.scale * (cos - a.margin));
+MLFAST_HD LossGrad<T> aam_shifted(T cos, bool positive, const AamParams<T>& a, const math::Sigmoid<T>& u) {
   T p_minus = u.complement, p_minus_slope = -u.complement * u.p;
   if (Margin) {
     const math::Sigmoid<T> v = math::sigmoid(-a.scale * (cos + a.margin));
@@ -61,10 +75,14 @@ MLFAST_HD LossGrad<T> aam_shifted(T cos, bool positive, const AamParams<T>& a) {
   return {-a.inv_scale * weight * log_own, -weight * (own_slope + side.gamma * focus_slope * log_own)};
 }
 
+template <bool Margin, int F, typename T>
+MLFAST_HD LossGrad<T> aam_shifted(T cos, bool positive, const AamParams<T>& a) {
+  return aam_shifted<Margin, F>(cos, positive, a, math::sigmoid(aam_logit(cos, a)));
+}
+
 // Any target in [0, 1]: both terms, with exponent gamma_pos*y + gamma_neg*(1-y) over the base q*y + p+*(1-y).
 template <bool Shifted, typename T>
-MLFAST_HD LossGrad<T> aam_soft(T cos, T y, const AamParams<T>& a) {
-  const math::Sigmoid<T> u = math::sigmoid(a.scale * (cos - a.margin));
+MLFAST_HD LossGrad<T> aam_soft(T cos, T y, const AamParams<T>& a, const math::Sigmoid<T>& u) {
   const math::Sigmoid<T> v = math::sigmoid(-a.scale * (cos + a.margin));
   T q = v.p, log_q = v.log_p, log_q_slope = -v.complement;
   if (Shifted) {
@@ -90,6 +108,11 @@ MLFAST_HD LossGrad<T> aam_soft(T cos, T y, const AamParams<T>& a) {
 
   const T focus = math::exp_nonpositive(gamma * log_base);
   return {-a.inv_scale * focus * terms, -focus * (terms_slope + gamma * log_base_slope * terms)};
+}
+
+template <bool Shifted, typename T>
+MLFAST_HD LossGrad<T> aam_soft(T cos, T y, const AamParams<T>& a) {
+  return aam_soft<Shifted>(cos, y, a, math::sigmoid(aam_logit(cos, a)));
 }
 
 }  // namespace mlfast

@@ -18,11 +18,11 @@ struct AslParams {
   LossSide<T> positive, negative;
 };
 
+// Each formula comes in two forms: of the logit, and of its sigmoid; that of asl_hard is of the signed logit.
 template <bool Clipped, bool Detached, int F, typename T>
-MLFAST_HD LossGrad<T> asl_hard(T logit, bool positive, const AslParams<T>& a) {
+MLFAST_HD LossGrad<T> asl_hard(bool positive, const AslParams<T>& a, const math::Sigmoid<T>& own) {
   const LossSide<T> side = choose(positive, a);
   const T sign = positive ? T(1) : T(-1);
-  const math::Sigmoid<T> own = math::sigmoid(sign * logit);
   T log_own = own.log_p, log_own_slope = own.complement;
   T base = own.complement, log_base = own.log_complement, log_base_slope = -own.p;
   if (Clipped) {  // negatives only: own.p is 1 - p there
@@ -48,10 +48,14 @@ MLFAST_HD LossGrad<T> asl_hard(T logit, bool positive, const AslParams<T>& a) {
   return {-weight * log_own, -sign * weight * slope};
 }
 
+template <bool Clipped, bool Detached, int F, typename T>
+MLFAST_HD LossGrad<T> asl_hard(T logit, bool positive, const AslParams<T>& a) {
+  return asl_hard<Clipped, Detached, F>(positive, a, math::sigmoid(positive ? logit : -logit));
+}
+
 // Any target in [0, 1]: both terms, with exponent gamma_pos*y + gamma_neg*(1-y) over the base (1-p)*y + (1-q)*(1-y).
 template <bool Clipped, bool Detached, typename T>
-MLFAST_HD LossGrad<T> asl_soft(T logit, T y, const AslParams<T>& a) {
-  const math::Sigmoid<T> s = math::sigmoid(logit);
+MLFAST_HD LossGrad<T> asl_soft(T y, const AslParams<T>& a, const math::Sigmoid<T>& s) {
   const T variance = s.p * s.complement;
   T log_q = s.log_complement, log_q_slope = -s.p, base_neg = s.p, log_base_neg = s.log_p, base_neg_slope = variance;
   if (Clipped) {
@@ -81,6 +85,11 @@ MLFAST_HD LossGrad<T> asl_soft(T logit, T y, const AslParams<T>& a) {
   T slope = terms_slope;
   if (!Detached) slope += gamma * log_base_slope * terms;
   return {-focus * terms, -focus * slope};
+}
+
+template <bool Clipped, bool Detached, typename T>
+MLFAST_HD LossGrad<T> asl_soft(T logit, T y, const AslParams<T>& a) {
+  return asl_soft<Clipped, Detached>(y, a, math::sigmoid(logit));
 }
 
 }  // namespace mlfast

@@ -107,9 +107,14 @@ struct Sigmoid {
   T p, complement, log_p, log_complement;
 };
 
+// The exponential that sigmoid needs, for callers that compute it ahead.
 template <typename T>
-MLFAST_HD Sigmoid<T> sigmoid(T z) {
-  const T e = exp_nonpositive(-magnitude(z));
+MLFAST_HD T sigmoid_exponential(T z) {
+  return exp_nonpositive(-magnitude(z));
+}
+
+template <typename T>
+MLFAST_HD Sigmoid<T> sigmoid(T z, T e) {
   const T larger = T(1) / (T(1) + e);
   const T smaller = e * larger;
   const T log1p_e = log1p_unit(e);
@@ -119,6 +124,11 @@ MLFAST_HD Sigmoid<T> sigmoid(T z) {
   s.log_p = at_most(z, T(0)) - log1p_e;
   s.log_complement = at_most(-z, T(0)) - log1p_e;
   return s;
+}
+
+template <typename T>
+MLFAST_HD Sigmoid<T> sigmoid(T z) {
+  return sigmoid(z, sigmoid_exponential(z));
 }
 
 }  // namespace mlfast::math

@@ -1,8 +1,8 @@
 """reweight_pool against eager PyTorch and torch.compile, forward (no gradient) and training (forward + backward).
 
-``eager`` is the formula as it is written. ``eager arranged`` is the best form found in plain PyTorch: it never makes the
-weighted features, since the maximum of w * f is w times the maximum or the minimum of f. Both are also compiled, so
-that ratios can be taken against the faster one.
+``eager`` is the formula as it is written. ``eager arranged`` never makes the weighted features, since the maximum of
+w * f is w times the maximum or the minimum of f: in plain PyTorch the fastest forward. Both are also compiled, so that
+ratios can be taken against the faster one.
 """
 
 import pytest

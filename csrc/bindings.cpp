@@ -4,8 +4,10 @@
 
 #include "cpu/aam_loss.h"
 #include "cpu/asymmetric_loss.h"
+#include "cpu/reweight_pool.h"
 #ifdef MLFAST_CUDA
 #include "cuda/aam_loss.h"
+#include "cuda/asymmetric_loss.h"
 #endif
 
 namespace py = pybind11;
@@ -58,15 +60,45 @@ void scale_grad_cpu(uintptr_t grad, int grad_type, uintptr_t factor, int factor_
                           static_cast<DType>(factor_type), n);
 }
 
+void reweight_pool_cpu(uintptr_t features, int type, int64_t batch, int64_t channels, int64_t positions,
+                       bool channels_last, uintptr_t weight, uintptr_t out, uintptr_t argmax, uintptr_t weight_slope) {
+  py::gil_scoped_release release;
+  mlfast::cpu::reweight_pool({batch, channels, positions, channels_last, static_cast<DType>(type)},
+                             {pointer(features), pointer(weight), pointer(out), static_cast<int32_t*>(pointer(argmax)),
+                              pointer(weight_slope)});
+}
+
+void reweight_pool_backward_cpu(uintptr_t grad_out, int type, int64_t batch, int64_t channels, int64_t positions,
+                                bool channels_last, uintptr_t weight, uintptr_t argmax, uintptr_t weight_slope,
+                                uintptr_t grad_features, uintptr_t grad_weight) {
+  py::gil_scoped_release release;
+  mlfast::cpu::reweight_pool_backward({batch, channels, positions, channels_last, static_cast<DType>(type)},
+                                      {pointer(grad_out), pointer(weight), static_cast<const int32_t*>(pointer(argmax)),
+                                       pointer(weight_slope), pointer(grad_features), pointer(grad_weight)});
+}
+
 #ifdef MLFAST_CUDA
 void aam_loss_cuda(uintptr_t cos, int cos_type, uintptr_t target, int target_type, uintptr_t class_weight,
                    uintptr_t loss, uintptr_t grad, uintptr_t inv_known, int64_t rows, int64_t classes, double scale,
                    double margin, double weight_pos, double weight_neg, double gamma_pos, double gamma_neg,
                    double prob_shift, double label_smoothing, bool elementwise, uintptr_t workspace, uintptr_t stream) {
+  const auto task = loss_task(cos, cos_type, target, target_type, class_weight, loss, grad, inv_known, rows, classes,
+                              label_smoothing, elementwise);
   py::gil_scoped_release release;
-  mlfast::cuda::aam_loss(cos, cos_type, target, target_type, class_weight, loss, grad, inv_known, workspace,
-                         elementwise, rows, classes, scale, margin, weight_pos, weight_neg, gamma_pos, gamma_neg,
-                         prob_shift, label_smoothing, stream);
+  mlfast::cuda::aam_loss(task, {scale, margin, weight_pos, weight_neg, gamma_pos, gamma_neg, prob_shift}, workspace,
+                         stream);
+}
+
+void asymmetric_loss_cuda(uintptr_t logits, int logits_type, uintptr_t target, int target_type, uintptr_t class_weight,
+                          uintptr_t loss, uintptr_t grad, uintptr_t inv_known, int64_t rows, int64_t classes,
+                          double weight_pos, double weight_neg, double gamma_pos, double gamma_neg, double clip,
+                          double label_smoothing, bool detach_focus, bool elementwise, uintptr_t workspace,
+                          uintptr_t stream) {
+  const auto task = loss_task(logits, logits_type, target, target_type, class_weight, loss, grad, inv_known, rows,
+                              classes, label_smoothing, elementwise);
+  py::gil_scoped_release release;
+  mlfast::cuda::asymmetric_loss(task, {weight_pos, weight_neg, gamma_pos, gamma_neg, clip, detach_focus}, workspace,
+                                stream);
 }
 
 void scale_grad_cuda(uintptr_t grad, int grad_type, uintptr_t factor, int factor_type, int64_t n, uintptr_t stream) {
@@ -98,12 +130,15 @@ PYBIND11_MODULE(_native, m) {
   m.def("aam_loss_cpu", &aam_loss_cpu);
   m.def("asymmetric_loss_cpu", &asymmetric_loss_cpu);
   m.def("scale_grad_cpu", &scale_grad_cpu);
+  m.def("reweight_pool_cpu", &reweight_pool_cpu);
+  m.def("reweight_pool_backward_cpu", &reweight_pool_backward_cpu);
   m.def("instruction_set", &instruction_set, "The instruction set that the CPU kernels use on this machine.");
   m.def("max_threads", &max_threads, "The number of OpenMP threads the CPU kernels may use.");
 #ifdef MLFAST_CUDA
   m.attr("cuda_archs") = MLFAST_CUDA_ARCHS;
-  m.attr("LOSS_WORKSPACE_BYTES") = mlfast::cuda::kAamLossWorkspaceBytes;
+  m.attr("LOSS_WORKSPACE_BYTES") = mlfast::cuda::kLossWorkspaceBytes;
   m.def("aam_loss_cuda", &aam_loss_cuda);
+  m.def("asymmetric_loss_cuda", &asymmetric_loss_cuda);
   m.def("scale_grad_cuda", &scale_grad_cuda);
 #else
   m.attr("cuda_archs") = "";

@@ -8,8 +8,17 @@ if not (_Path(__file__).parent / "kernels").exists():
 
 from mlfast import functional
 from mlfast.backends import backends, use_backend
-from mlfast.nn import AAMLoss, AsymmetricLoss, CosineLinear
+from mlfast.nn import AAMLoss, AsymmetricLoss, CosineLinear, ReweightPool
 
 __version__ = "0.1.0"
 
-__all__ = ["AAMLoss", "AsymmetricLoss", "CosineLinear", "__version__", "backends", "functional", "use_backend"]
+__all__ = [
+    "AAMLoss",
+    "AsymmetricLoss",
+    "CosineLinear",
+    "ReweightPool",
+    "__version__",
+    "backends",
+    "functional",
+    "use_backend",
+]

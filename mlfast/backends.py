@@ -25,6 +25,7 @@ except ImportError as error:
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 DEVICES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the backends for tensors of a device, the best first
+KERNELS = {"cpu": "C++", "triton": "Triton", "cuda": "CUDA C++"}  # the language of a backend's kernels
 
 
 class BackendError(RuntimeError):
@@ -78,14 +79,26 @@ def use_backend(name: str) -> Iterator[None]:
         _requested = before
 
 
-def choose(device: torch.device) -> str:
+def choose(device: torch.device, served: tuple[str, ...] = ("cpu", "triton", "cuda")) -> str:
     """The name of the backend that an op on tensors of this device takes.
 
+    Args:
+        device: of the tensors.
+        served: the backends that the op has kernels for.
+
     Raises:
-        BackendError: the backend that was asked for does not serve this device.
+        BackendError: the backend that was asked for does not serve this device, or has no kernel of this op.
     """
     if _requested is None:
-        return _DEFAULT.get(device.type, "reference")
+        for name in _BUILT.get(device.type, ()):
+            if name in served:
+                return name
+        return "reference"
+    if _requested in KERNELS and _requested not in served:
+        raise BackendError(
+            f"backend {_requested!r} was asked for, but this op has no {KERNELS[_requested]} kernel; "
+            f"ask for one of {', '.join(map(repr, (*served, 'reference')))}"
+        )
     if not _serves(_requested, device.type):
         raise BackendError(f"backend {_requested!r} was asked for, but it does not run on {device.type} tensors")
     return _requested
@@ -107,14 +120,14 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _default(device_type: str) -> str:
+def _built(device_type: str) -> tuple[str, ...]:
     # That a tensor is on a device proves that the device is there, so nothing here has to ask the driver.
     built = {
         "cpu": _native is not None,
         "cuda": _native is not None and bool(_native.cuda_archs),
         "triton": importlib.util.find_spec("triton") is not None,
     }
-    return next((name for name in DEVICES[device_type] if built[name]), "reference")
+    return tuple(name for name in DEVICES[device_type] if built[name])
 
 
 def _state(name: str) -> tuple[bool, str]:
@@ -171,7 +184,7 @@ def _check(name: str, source: str) -> None:
         raise BackendError(f"{source}: backend {name!r} is not available here: {detail}")
 
 
-_DEFAULT = {device_type: _default(device_type) for device_type in DEVICES}
+_BUILT = {device_type: _built(device_type) for device_type in DEVICES}
 _requested: str | None = os.environ.get("MLFAST_BACKEND") or None
 if _requested is not None:
     _check(_requested, "MLFAST_BACKEND")

@@ -2,5 +2,6 @@
 
 from mlfast.ops.aam_loss import aam_loss
 from mlfast.ops.asymmetric_loss import asymmetric_loss
+from mlfast.ops.reweight_pool import reweight_pool
 
-__all__ = ["aam_loss", "asymmetric_loss"]
+__all__ = ["aam_loss", "asymmetric_loss", "reweight_pool"]

@@ -47,6 +47,18 @@ def test_a_device_without_kernels_takes_the_reference():
     assert choose(torch.device("meta")) == "reference"
 
 
+def test_an_op_without_a_kernel_for_a_backend(monkeypatch):
+    module = sys.modules["mlfast.backends"]  # mlfast.backends is the function
+    monkeypatch.setitem(module._BUILT, "cuda", ("cuda", "triton"))
+    assert choose(torch.device("cuda")) == "cuda"
+    assert choose(torch.device("cuda"), ("cpu", "triton")) == "triton"
+    assert choose(torch.device("cuda"), ("cpu",)) == "reference"
+    monkeypatch.setattr(module, "_requested", "cuda")
+    assert choose(torch.device("cuda")) == "cuda"
+    with pytest.raises(BackendError, match=r"no CUDA C\+\+ kernel; ask for one of 'cpu', 'triton', 'reference'"):
+        choose(torch.device("cuda"), ("cpu", "triton"))
+
+
 def test_an_unknown_backend_is_named():
     with (
         pytest.raises(ValueError, match="expected one of reference, cpu, triton, cuda, got 'openvino'"),

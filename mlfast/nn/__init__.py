@@ -2,5 +2,6 @@
 
 from mlfast.nn.cosine_linear import CosineLinear
 from mlfast.nn.losses import AAMLoss, AsymmetricLoss
+from mlfast.nn.pooling import ReweightPool
 
-__all__ = ["AAMLoss", "AsymmetricLoss", "CosineLinear"]
+__all__ = ["AAMLoss", "AsymmetricLoss", "CosineLinear", "ReweightPool"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mlfast.backends import _native, choose, is_exporting
 from mlfast.ops.dtypes import CODES, computing_dtype
+from mlfast.ops.second_derivative import without_second_derivative
 from mlfast.ops.workspace import workspace_for
 
 
@@ -43,9 +44,11 @@ class ElementwiseLoss:
         backend = "reference" if is_exporting() else choose(scores.device)
         if backend == "reference":
             return self.reference(scores, target, class_weight, options)
+        needs_grad = torch.is_grad_enabled() and scores.requires_grad
         if torch.compiler.is_compiling() or type(scores) is not Tensor:  # a subclass finds its way by the dispatcher
-            needs_grad = torch.is_grad_enabled() and scores.requires_grad
             return getattr(torch.ops.mlfast, self.name)(scores, target, class_weight, *options, needs_grad)[0]
+        if not needs_grad:
+            return launch(self, backend, scores, target, class_weight, options, False)[0]
         return ElementwiseLossFunction.apply(scores, target, class_weight, self, options, backend)
 
 
@@ -171,7 +174,7 @@ def finish_grad(backend: str, grad: Tensor, grad_loss: Tensor, inv_known: Tensor
         return grad.mul_(grad_loss)
     factor = grad_loss if inv_known is None else grad_loss * inv_known
     if backend == "triton":
-        from mlfast.kernels.aam_loss import scale_grad
+        from mlfast.kernels.elementwise_loss import scale_grad
 
         scale_grad(grad, factor)
         return grad
@@ -201,7 +204,7 @@ class ElementwiseLossFunction(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         """The loss of ``scores`` [..., K] and ``target`` [..., K]."""
-        loss, grad, inv_known = launch(op, backend, scores, target, class_weight, options, ctx.needs_input_grad[0])
+        loss, grad, inv_known = launch(op, backend, scores, target, class_weight, options, True)
         ctx.save_for_backward(scores, target, class_weight)
         ctx.unscaled = grad, inv_known
         ctx.call = op, backend, options
@@ -217,25 +220,8 @@ class ElementwiseLossFunction(torch.autograd.Function):
             unscaled = launch(op, backend, scores, target, class_weight, options, True)[1:]
         grad = finish_grad(backend, unscaled[0], grad_loss, unscaled[1])
         if torch.is_grad_enabled():  # create_graph=True
-            grad = NoSecondDerivative.apply(grad, torch.empty((), requires_grad=True))
+            grad = without_second_derivative(grad)
         return grad, None, None, None, None, None
-
-
-class NoSecondDerivative(torch.autograd.Function):
-    """Passes a gradient on, and says what is missing if it is differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, requires_grad: Tensor) -> Tensor:
-        """Returns ``grad``; the second argument makes the result require grad."""
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Raises RuntimeError."""
-        raise RuntimeError(
-            "mlfast's fused losses have no second derivative; for double backward compute the loss inside "
-            'mlfast.use_backend("reference")'
-        )
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile

@@ -1,25 +1,16 @@
-// The CUDA source of aam_loss as a plain shared library, called from Python through ctypes.
+// The CUDA sources of the elementwise losses as a plain shared library, called from Python through ctypes.
 #include "../../csrc/cuda/aam_loss.cu"
+#include "../../csrc/cuda/asymmetric_loss.cu"
+#include "../../csrc/cuda/elementwise_loss.cu"
 
-extern "C" {
-
-struct Numbers {
-  double scale, margin, weight_pos, weight_neg, gamma_pos, gamma_neg, prob_shift, label_smoothing;
-};
-
-int64_t shim_workspace_bytes() { return mlfast::cuda::kAamLossWorkspaceBytes; }
-void shim_order(unsigned int order) { shim::order = order; }
-void shim_fail_next_launch() { shim::fail_next_launch = true; }
+namespace {
 
 // What an entry point throws, or null.
-const char* shim_aam_loss(uintptr_t cos, int cos_type, uintptr_t target, int target_type, uintptr_t class_weight,
-                          uintptr_t loss, uintptr_t grad, uintptr_t inv_known, uintptr_t workspace, bool elementwise,
-                          int64_t rows, int64_t classes, const Numbers* o) {
+template <typename Call>
+const char* error_of(Call call) {
   static std::string what;
   try {
-    mlfast::cuda::aam_loss(cos, cos_type, target, target_type, class_weight, loss, grad, inv_known, workspace,
-                           elementwise, rows, classes, o->scale, o->margin, o->weight_pos, o->weight_neg, o->gamma_pos,
-                           o->gamma_neg, o->prob_shift, o->label_smoothing, 0);
+    call();
   } catch (const std::exception& error) {
     what = error.what();
     return what.c_str();
@@ -27,14 +18,25 @@ const char* shim_aam_loss(uintptr_t cos, int cos_type, uintptr_t target, int tar
   return nullptr;
 }
 
+}  // namespace
+
+extern "C" {
+
+int64_t shim_workspace_bytes() { return mlfast::cuda::kLossWorkspaceBytes; }
+void shim_order(unsigned int order) { shim::order = order; }
+void shim_fail_next_launch() { shim::fail_next_launch = true; }
+
+// The numbers o are the loss's KernelNumbers, in their order.
+const char* shim_aam_loss(const mlfast::cpu::LossTask* task, const double* o, uintptr_t workspace) {
+  return error_of([&] { mlfast::cuda::aam_loss(*task, {o[0], o[1], o[2], o[3], o[4], o[5], o[6]}, workspace, 0); });
+}
+
+const char* shim_asymmetric_loss(const mlfast::cpu::LossTask* task, const double* o, uintptr_t workspace) {
+  return error_of(
+      [&] { mlfast::cuda::asymmetric_loss(*task, {o[0], o[1], o[2], o[3], o[4], o[6] != 0}, workspace, 0); });
+}
+
 const char* shim_scale_grad(uintptr_t grad, int grad_type, uintptr_t factor, int factor_type, int64_t n) {
-  static std::string what;
-  try {
-    mlfast::cuda::scale_grad(grad, grad_type, factor, factor_type, n, 0);
-  } catch (const std::exception& error) {
-    what = error.what();
-    return what.c_str();
-  }
-  return nullptr;
+  return error_of([&] { mlfast::cuda::scale_grad(grad, grad_type, factor, factor_type, n, 0); });
 }
 }

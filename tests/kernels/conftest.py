@@ -1,50 +1,126 @@
-"""The judge of the aam_loss kernels for GPUs: a float64 formula of its own, guard bands, and the bounds on errors."""
+"""The judge of the losses' kernels for GPUs: float64 formulas of its own, guard bands, and the bounds on errors."""
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from mlfast.ops import aam_loss, asymmetric_loss
+
 GUARD = 64  # elements on either side of every output
 GUARD_VALUE = 7.0
+GAMMAS = ((0.0, 0.0), (0.0, 1.0), (2.0, 7.0), (0.5, 1.5))
 
 
-class Options(NamedTuple):
-    """What the kernels' launchers expect, with the defaults of most tests."""
+class Loss(NamedTuple):
+    """What the tests know of a loss: ``formula(scores, y, numbers)``, and the numbers that reach every variant."""
 
-    scale: float = 23.0
-    margin: float = 0.0
-    weight_pos: float = 0.7
-    weight_neg: float = 0.3
-    gamma_pos: float = 0.0
-    gamma_neg: float = 1.0
-    prob_shift: float = 0.0
-    label_smoothing: float = 0.0
-    elementwise: bool = False
+    name: str
+    formula: Callable[[Tensor, Tensor, Any], Tensor]
+    defaults: Any
+    spread: float  # scores lie in [-spread, spread]
+    extreme: float  # the largest ones that must not overflow
+    steep: dict[str, float]  # the numbers with which that is hardest
+    closing: dict[str, float]  # what gives easy negatives exactly zero loss
+    variants: list[dict[str, Any]]
+
+    def numbers(self, **changes: Any) -> Any:
+        return self.defaults._replace(**changes)
 
 
-def formula(cos: Tensor, target: Tensor, class_weight: Tensor | None, o: Options, dtype: torch.dtype):
+def variants(**choices: tuple) -> list[dict[str, Any]]:
+    """Every combination of gammas and of these choices."""
+    combinations = itertools.product(GAMMAS, *choices.values())
+    return [
+        dict(zip(("gamma_pos", "gamma_neg", *choices), (*gammas, *chosen), strict=True))
+        for gammas, *chosen in combinations
+    ]
+
+
+def focused(y: Tensor, base_pos: Tensor, base_neg: Tensor, o: Any) -> Tensor:
+    """The focusing weight."""
+    base = torch.where(y == 1, base_pos, torch.where(y == 0, base_neg, base_pos * y + base_neg * (1 - y)))
+    return base ** (o.gamma_pos * y + o.gamma_neg * (1 - y))
+
+
+def aam(cos: Tensor, y: Tensor, o: Any) -> Tensor:
+    u, v = o.scale * (cos - o.margin), -o.scale * (cos + o.margin)
+    q, log_q = v.sigmoid(), logsigmoid(v)
+    if o.prob_shift > 0:
+        q = (q + o.prob_shift).clamp(max=1)
+        log_q = q.log()
+    terms = o.weight_pos * y * logsigmoid(u) + o.weight_neg * (1 - y) * log_q
+    return -focused(y, q, u.sigmoid(), o) * terms / o.scale
+
+
+def asl(logit: Tensor, y: Tensor, o: Any) -> Tensor:
+    log_q = (logit.neg().sigmoid() + o.clip).clamp(max=1).log() if o.clip > 0 else logsigmoid(-logit)
+    focus = focused(y, logit.neg().sigmoid(), (logit.sigmoid() - o.clip).clamp(min=1e-37), o)
+    terms = o.weight_pos * y * logsigmoid(logit) + o.weight_neg * (1 - y) * log_q
+    return -(focus.detach() if o.detach_focus else focus) * terms
+
+
+AAM_DEFAULTS = aam_loss.KernelNumbers(
+    scale=23.0,
+    margin=0.0,
+    weight_pos=0.7,
+    weight_neg=0.3,
+    gamma_pos=0.0,
+    gamma_neg=1.0,
+    prob_shift=0.0,
+    label_smoothing=0.0,
+    elementwise=False,
+)
+ASL_DEFAULTS = asymmetric_loss.KernelNumbers(
+    weight_pos=1.0,
+    weight_neg=0.5,
+    gamma_pos=0.0,
+    gamma_neg=4.0,
+    clip=0.05,
+    label_smoothing=0.0,
+    detach_focus=False,
+    elementwise=False,
+)
+AAM = Loss(
+    "aam_loss",
+    aam,
+    AAM_DEFAULTS,
+    spread=1.0,
+    extreme=1.0,
+    steep=dict(scale=100.0),
+    closing=dict(prob_shift=0.05),
+    variants=variants(margin=(0.0, 0.4), prob_shift=(0.0, 0.05)),
+)
+ASL = Loss(
+    "asymmetric_loss",
+    asl,
+    ASL_DEFAULTS,
+    spread=6.0,
+    extreme=1e4,
+    steep={},
+    closing=dict(clip=0.05),
+    variants=variants(clip=(0.0, 0.05), detach_focus=(False, True)),
+)
+LOSSES = (AAM, ASL)
+
+
+def loss_and_grad(loss: Loss, scores: Tensor, target: Tensor, class_weight: Tensor | None, o: Any, dtype: torch.dtype):
     """Loss per element and its gradient, in plain PyTorch and autograd, in ``dtype``."""
-    c = cos.detach().to(dtype).requires_grad_()
+    x = scores.detach().to(dtype).requires_grad_()
     unknown = target < 0
     y = target.to(dtype) if target.is_floating_point() else (target > 0).to(dtype)
     y = torch.where(y == 0, o.label_smoothing, y * (1 - o.label_smoothing))
     y = torch.where(unknown, 0.0, y)
-    u, v = o.scale * (c - o.margin), -o.scale * (c + o.margin)
-    p_plus, q, log_q = u.sigmoid(), v.sigmoid(), logsigmoid(v)
-    if o.prob_shift > 0:
-        q = (q + o.prob_shift).clamp(max=1)
-        log_q = q.log()
-    base = torch.where(y == 1, q, torch.where(y == 0, p_plus, q * y + p_plus * (1 - y)))
-    focus = base ** (o.gamma_pos * y + o.gamma_neg * (1 - y))
-    loss = -focus * (o.weight_pos * y * logsigmoid(u) + o.weight_neg * (1 - y) * log_q) / o.scale
+    values = loss.formula(x, y, o)
     if class_weight is not None:
-        loss = loss * class_weight.to(dtype)
-    loss = torch.where(unknown, 0.0, loss)
-    (grad,) = torch.autograd.grad(loss.sum(), c)
-    return loss.detach(), grad
+        values = values * class_weight.to(dtype)
+    values = torch.where(unknown, 0.0, values)
+    (grad,) = torch.autograd.grad(values.sum(), x)
+    return values.detach(), grad
 
 
 def guarded(shape, dtype, offset=0):
@@ -72,22 +148,22 @@ def assert_close(actual: Tensor, truth: Tensor, eager: Tensor, stored: torch.dty
     assert (error <= bound).all(), f"error {error.max()}, plain PyTorch has {(eager.double() - truth).abs().max()}"
 
 
-def judge(run, cos, target, options, class_weight=None, mean=False, grad=True, offset=0, ulps=0.5):
+def judge(run, case, scores, target, numbers, class_weight=None, mean=False, grad=True, offset=0, ulps=0.5):
     """Runs a kernel on guarded, poisoned outputs, compares all it wrote with float64, and returns it.
 
-    ``run(cos, target, class_weight, loss, grad, inv_known, options)`` is the kernel under test.
+    ``run(case, scores, target, class_weight, loss, grad, inv_known, numbers)`` runs the kernel of the loss ``case``.
     """
-    computing = torch.float64 if cos.dtype == torch.float64 else torch.float32
-    loss, loss_buffer = guarded(cos.shape if options.elementwise else (), computing, offset)
-    slope, slope_buffer = guarded(cos.shape, cos.dtype, offset) if grad else (None, None)
+    computing = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    loss, loss_buffer = guarded(scores.shape if numbers.elementwise else (), computing, offset)
+    slope, slope_buffer = guarded(scores.shape, scores.dtype, offset) if grad else (None, None)
     inv_known, inv_buffer = guarded((), computing) if mean else (None, None)
     class_weight = None if class_weight is None else class_weight.to(computing)
-    run(cos, target, class_weight, loss, slope, inv_known, options)
+    run(case, scores, target, class_weight, loss, slope, inv_known, numbers)
 
-    truth, truth_grad = formula(cos, target, class_weight, options, torch.float64)
-    eager, eager_grad = formula(cos, target, class_weight, options, computing)
+    truth, truth_grad = loss_and_grad(case, scores, target, class_weight, numbers, torch.float64)
+    eager, eager_grad = loss_and_grad(case, scores, target, class_weight, numbers, computing)
     assert_guards(loss_buffer, loss.numel(), offset)
-    if options.elementwise:
+    if numbers.elementwise:
         assert_close(loss, truth, eager, computing, ulps)
     else:
         factor = 1 / max(int((~(target < 0)).sum()), 1) if mean else 1.0
@@ -97,24 +173,44 @@ def judge(run, cos, target, options, class_weight=None, mean=False, grad=True, o
         torch.testing.assert_close(inv_known.double(), torch.tensor(factor).double(), rtol=1e-7, atol=0)
     if grad:
         assert_guards(slope_buffer, slope.numel(), offset)
-        assert_close(slope, truth_grad, eager_grad, cos.dtype, ulps)
+        assert_close(slope, truth_grad, eager_grad, scores.dtype, ulps)
     return loss, slope, inv_known
 
 
-def random_problem(rows, classes, dtype, target_dtype, soft=False):
-    """Scores in [-1, 1] and targets of which a third are unknown; soft ones lie anywhere in [0, 1] in between."""
+def random_problem(case, rows, classes, dtype, target_dtype, soft=False):
+    """Random scores, and targets of which a third are unknown; soft ones lie anywhere in [0, 1] in between."""
     generator = torch.Generator().manual_seed(rows * 1000003 + classes)
-    cos = (torch.rand(rows, classes, generator=generator, dtype=torch.float64) * 2 - 1).to(dtype)
+    scores = (torch.rand(rows, classes, generator=generator, dtype=torch.float64) * 2 - 1) * case.spread
     target = torch.randint(-1, 2, (rows, classes), generator=generator).double()
     if soft:
         blend = torch.rand(rows, classes, generator=generator, dtype=torch.float64)
         target = torch.where((target == 1) & (blend < 0.8), blend, target)
-    return cos, target.to(target_dtype)
+    return scores.to(dtype), target.to(target_dtype)
 
 
-@pytest.fixture(name="Options")
-def options_fixture():
-    return Options
+@pytest.fixture(params=LOSSES, ids=lambda loss: loss.name)
+def loss(request):
+    """Each loss in turn."""
+    return request.param
+
+
+@pytest.fixture
+def one_loss():
+    """For what the frame of the losses does, whatever the formula."""
+    return AAM
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((case, v), id=f"{case.name}-{'-'.join(map(str, v.values()))}")
+        for case in LOSSES
+        for v in case.variants
+    ]
+)
+def variant(request):
+    """A loss, and numbers with which it takes one of its variants."""
+    case, changes = request.param
+    return case, case.numbers(**changes)
 
 
 @pytest.fixture(name="judge")

@@ -1,0 +1,224 @@
+"""Triton kernels of reweight_pool: one read of the features forward, one write of their gradient backward.
+
+docs/reweight_pool.md derives the formulas. No allocation, autograd or autotuning. Arithmetic is float32, or float64 for
+float64 features. Results are bit-equal from run to run: the order of every addition depends on the shape alone.
+
+Both kernels see the features as [batch, channels, positions], in either order of the last two. These kernels run under
+Triton's interpreter (TRITON_INTERPRET=1) and compile for sm_80, sm_90 and sm_100; they were not tested on a GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# Elements of a program's tile: with 128 threads sixteen each, of which a sum, a maximum and its position are kept.
+TILE = 2048
+NUM_WARPS = 4
+# In channels_last a tile is 64 channels wide: 128 bytes or more of neighbours in memory.
+CHANNELS_IN_CHANNELS_LAST = 64
+BLOCK_WEIGHT = 128
+
+
+@triton.jit
+def _is_above(product, peak):
+    """Whether a product is above the peak so far; a NaN is above every number."""
+    return (product > peak) | ((product != product) & (peak == peak))
+
+
+@triton.jit
+def _pool_tile(
+    row, weight, inside_channels, positions, stride,
+    T: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """Sum of the features, maximum of the products and where it is first, for each of BLOCK_CHANNELS channels."""
+    total = tl.zeros((BLOCK_CHANNELS, BLOCK_POSITIONS), T)
+    peak = tl.full((BLOCK_CHANNELS, BLOCK_POSITIONS), float("-inf"), T)
+    argmax = tl.zeros((BLOCK_CHANNELS, BLOCK_POSITIONS), tl.int32)
+    for start in range(0, positions, BLOCK_POSITIONS):
+        position = start + tl.arange(0, BLOCK_POSITIONS)
+        inside = inside_channels[:, None] & (position < positions)[None, :]
+        f = tl.load(row[:, None] + position.to(tl.int64)[None, :] * stride, mask=inside, other=0.0).to(T)
+        product = weight[:, None] * f
+        above = _is_above(product, peak) & inside
+        total += f
+        peak = tl.where(above, product, peak)
+        argmax = tl.where(above, position[None, :], argmax)
+    # A lane that saw -inf alone, or nothing, still says position 0; it counts only where all did.
+    is_nan = peak != peak
+    some_nan = tl.max(is_nan.to(tl.int32), axis=1) > 0
+    highest = tl.max(tl.where(is_nan, float("-inf"), peak), axis=1)
+    at_peak = tl.where(some_nan[:, None], is_nan, peak == highest[:, None])
+    first = tl.min(tl.where(at_peak, argmax, 0x7FFFFFFF), axis=1)
+    return tl.sum(total, axis=1), tl.where(some_nan, float("nan"), highest), first
+
+
+@triton.jit(do_not_specialize=["channels", "positions"])
+def reweight_pool_kernel(
+    features, weight, out, argmax, weight_slope, channels: tl.int32, positions: tl.int32,
+    CHANNELS_LAST: tl.constexpr, NEEDS_GRAD: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """Mean plus maximum of weight * features over positions; a program has BLOCK_CHANNELS channels of one image.
+
+    Args:
+        features: Pointer to [batch, channels, positions], or [batch, positions, channels] if CHANNELS_LAST, any float
+            type.
+        weight: Pointer to [channels] in the computing type.
+        out: Pointer to [batch, channels] in the type of features.
+        argmax: Pointer to [batch, channels], int32: receives where weight * features is first at its maximum. Only if
+            NEEDS_GRAD, as weight_slope.
+        weight_slope: Pointer to [batch, channels] in the computing type: receives mean + features[argmax].
+        channels, positions: Sizes.
+        CHANNELS_LAST: The order of features in memory.
+        NEEDS_GRAD: Whether argmax and weight_slope are written.
+        BLOCK_CHANNELS, BLOCK_POSITIONS: The tile.
+    """
+    T: tl.constexpr = tl.float64 if features.dtype.element_ty == tl.float64 else tl.float32
+    blocks = tl.cdiv(channels, BLOCK_CHANNELS)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = tl.program_id(0) % blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    inside = channel < channels
+    w = tl.load(weight + channel, mask=inside, other=0.0)
+    to = image * channels + channel
+    if CHANNELS_LAST:
+        row, stride = features + image * positions * channels + channel, channels.to(tl.int64)
+    else:
+        row, stride = features + to * positions, tl.full((), 1, tl.int64)
+    total, peak, first = _pool_tile(row, w, inside, positions, stride, T, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    mean = total / positions.to(T)
+    tl.store(out + to, (w * mean + peak).to(out.dtype.element_ty), mask=inside)
+    if NEEDS_GRAD:
+        at_peak = tl.load(row + first.to(tl.int64) * stride, mask=inside, other=0.0).to(T)
+        tl.store(argmax + to, first, mask=inside)
+        tl.store(weight_slope + to, mean + at_peak, mask=inside)
+
+
+@triton.jit(do_not_specialize=["channels", "positions"])
+def grad_features_kernel(
+    grad_out, weight, argmax, grad_features, channels: tl.int32, positions: tl.int32,
+    CHANNELS_LAST: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """grad_out * weight * (1 / positions + [position == argmax]), in the programs of reweight_pool_kernel.
+
+    Args:
+        grad_out: Pointer to [batch, channels], any float type.
+        weight, argmax: As in reweight_pool_kernel.
+        grad_features: Pointer to the result, in the layout of the features and the type of grad_out.
+        channels, positions: Sizes.
+        CHANNELS_LAST: The order of grad_features in memory.
+        BLOCK_CHANNELS, BLOCK_POSITIONS: The tile.
+    """
+    T: tl.constexpr = weight.dtype.element_ty
+    blocks = tl.cdiv(channels, BLOCK_CHANNELS)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = tl.program_id(0) % blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    inside_channels = channel < channels
+    of = image * channels + channel
+    if CHANNELS_LAST:
+        row, stride = grad_features + image * positions * channels + channel, channels.to(tl.int64)
+    else:
+        row, stride = grad_features + of * positions, tl.full((), 1, tl.int64)
+    slope = tl.load(grad_out + of, mask=inside_channels, other=0.0).to(T)
+    slope *= tl.load(weight + channel, mask=inside_channels, other=0.0)
+    cold = slope / positions.to(T)
+    hot = cold + slope
+    first = tl.load(argmax + of, mask=inside_channels, other=0)
+    for start in range(0, positions, BLOCK_POSITIONS):
+        position = start + tl.arange(0, BLOCK_POSITIONS)
+        inside = inside_channels[:, None] & (position < positions)[None, :]
+        value = tl.where(position[None, :] == first[:, None], hot[:, None], cold[:, None])
+        at = row[:, None] + position.to(tl.int64)[None, :] * stride
+        tl.store(at, value.to(grad_features.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["batch", "channels"])
+def grad_weight_kernel(grad_out, weight_slope, grad_weight, batch: tl.int32, channels: tl.int32, BLOCK: tl.constexpr):
+    """Sum over the batch of grad_out * weight_slope, in the order of the batch, in float64.
+
+    Args:
+        grad_out: Pointer to [batch, channels], any float type.
+        weight_slope: Pointer to [batch, channels] in the computing type.
+        grad_weight: Pointer to the result, [channels] in the computing type.
+        batch, channels: Sizes.
+        BLOCK: Channels of a program.
+    """
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < channels
+    total = tl.zeros((BLOCK,), tl.float64)
+    at = channel.to(tl.int64)
+    for _ in range(0, batch):
+        g = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float64)
+        total += g * tl.load(weight_slope + at, mask=inside, other=0.0).to(tl.float64)
+        at += channels
+    tl.store(grad_weight + channel, total.to(grad_weight.dtype.element_ty), mask=inside)
+
+
+Sizes = tuple[int, int, int, bool]  # batch, channels, positions, channels_last
+
+
+def tile(positions: int, channels_last: bool) -> tuple[int, int]:
+    """Channels and positions of a program's tile."""
+    if channels_last:
+        return CHANNELS_IN_CHANNELS_LAST, TILE // CHANNELS_IN_CHANNELS_LAST
+    wide = min(triton.next_power_of_2(positions), 1024)
+    return TILE // max(wide, 32), max(wide, 32)
+
+
+def reweight_pool(
+    features: torch.Tensor,
+    sizes: Sizes,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    argmax: torch.Tensor,
+    weight_slope: torch.Tensor,
+) -> None:
+    """Launches reweight_pool_kernel, which documents the tensors; an empty ``argmax`` is not written."""
+    batch, channels, positions, channels_last = sizes
+    block_channels, block_positions = tile(positions, channels_last)
+    with torch.cuda.device_of(features):
+        reweight_pool_kernel[(batch * triton.cdiv(channels, block_channels),)](
+            features,
+            weight,
+            out,
+            argmax,
+            weight_slope,
+            channels,
+            positions,
+            CHANNELS_LAST=channels_last,
+            NEEDS_GRAD=argmax.numel() > 0,
+            BLOCK_CHANNELS=block_channels,
+            BLOCK_POSITIONS=block_positions,
+            num_warps=NUM_WARPS,
+        )
+
+
+def reweight_pool_backward(
+    grad_out: torch.Tensor,
+    sizes: Sizes,
+    weight: torch.Tensor,
+    argmax: torch.Tensor,
+    weight_slope: torch.Tensor,
+    grad_features: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+) -> None:
+    """Launches grad_features_kernel and grad_weight_kernel, each where its result is wanted."""
+    batch, channels, positions, channels_last = sizes
+    block_channels, block_positions = tile(positions, channels_last)
+    with torch.cuda.device_of(grad_out):
+        if grad_features is not None:
+            grad_features_kernel[(batch * triton.cdiv(channels, block_channels),)](
+                grad_out,
+                weight,
+                argmax,
+                grad_features,
+                channels,
+                positions,
+                CHANNELS_LAST=channels_last,
+                BLOCK_CHANNELS=block_channels,
+                BLOCK_POSITIONS=block_positions,
+                num_warps=NUM_WARPS,
+            )
+        if grad_weight is not None:
+            grad_weight_kernel[(triton.cdiv(channels, BLOCK_WEIGHT),)](
+                grad_out, weight_slope, grad_weight, batch, channels, BLOCK=BLOCK_WEIGHT, num_warps=NUM_WARPS
+            )

@@ -1,0 +1,267 @@
+"""Channel re-weighting and pooling in one pass: docs/reweight_pool.md has the derivation, cost and measurements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlfast.backends import _native, choose, is_exporting
+from mlfast.ops.dtypes import CODES, computing_dtype
+from mlfast.ops.second_derivative import NoSecondDerivative, without_second_derivative
+
+SERVED = ("cpu", "triton")  # memory bounds this op, so CUDA C++ would bring nothing over Triton
+MOST_POSITIONS = 2**30  # positions are int32 in the kernels, and a tile may reach beyond the last one
+
+
+# ------------------------------------------------------------------------------------------------------- reference
+
+
+def reference(features: Tensor, weight: Tensor) -> Tensor:
+    """The op in plain PyTorch: the definition, the fallback for every device, in float64 the truth of the tests."""
+    dtype = computing_dtype(features.dtype)
+    weighted = (features.to(dtype) * weight.to(dtype)[:, None, None]).flatten(2)
+    return (weighted.mean(dim=2) + weighted.max(dim=2).values).to(features.dtype)
+
+
+# -------------------------------------------------------------------------------------------------- kernel launches
+
+
+def is_channels_last(features: Tensor) -> bool:
+    """Whether the kernels read [B, h, w, S]. A single position is such a map, and is read faster as one."""
+    return features.stride(1) == 1 and features.shape[1] > 1
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """The layout of features and of their gradient."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def launch(backend: str, features: Tensor, weight: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The pooled features, and for the gradient where the maxima are and what the weights are multiplied by.
+
+    The latter two are [B, S]; without ``needs_grad`` they are empty.
+    """
+    batch, channels, height, width = features.shape
+    channels_last = is_channels_last(features)
+    features = features.contiguous(memory_format=memory_format(channels_last)).resolve_neg()
+    out = features.new_empty(batch, channels)
+    saved = out.shape if needs_grad else (0,)
+    argmax = features.new_empty(saved, dtype=torch.int32)
+    weight_slope = features.new_empty(saved, dtype=computing_dtype(features.dtype))
+    if out.numel() > 0:
+        sizes = batch, channels, height * width, channels_last
+        LAUNCH[backend](features, sizes, computing_weight(weight, features.dtype), out, argmax, weight_slope)
+    return out, argmax, weight_slope
+
+
+def launch_backward(
+    backend: str,
+    grad_out: Tensor,
+    weight: Tensor,
+    argmax: Tensor,
+    weight_slope: Tensor,
+    size: tuple[int, int, bool],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients by features and weight, those that are needed. ``size`` is height, width, channels_last."""
+    height, width, channels_last = size
+    batch, channels = grad_out.shape
+    grad_out = grad_out.contiguous().resolve_neg()
+    grad_features = grad_weight = None
+    if needs[0]:
+        shape, layout = (batch, channels, height, width), memory_format(channels_last)
+        grad_features = torch.empty(shape, dtype=grad_out.dtype, device=grad_out.device, memory_format=layout)
+    if needs[1]:
+        grad_weight = grad_out.new_empty(channels, dtype=computing_dtype(grad_out.dtype))
+    if grad_out.numel() > 0:
+        sizes = batch, channels, height * width, channels_last
+        computing = computing_weight(weight, grad_out.dtype)
+        LAUNCH_BACKWARD[backend](grad_out, sizes, computing, argmax, weight_slope, grad_features, grad_weight)
+    elif grad_weight is not None:
+        grad_weight.zero_()
+    return grad_features, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
+def computing_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as the kernels for features of ``dtype`` take it."""
+    return weight.to(computing_dtype(dtype)).contiguous().resolve_neg()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _launch_cpu(features: Tensor, sizes: tuple[int, int, int, bool], *tensors: Tensor) -> None:
+    _native.reweight_pool_cpu(features.data_ptr(), CODES[features.dtype], *sizes, *map(_address, tensors))
+
+
+def _launch_backward_cpu(grad_out: Tensor, sizes: tuple[int, int, int, bool], *tensors: Tensor | None) -> None:
+    _native.reweight_pool_backward_cpu(grad_out.data_ptr(), CODES[grad_out.dtype], *sizes, *map(_address, tensors))
+
+
+def _launch_triton(*arguments: Any) -> None:
+    from mlfast.kernels.reweight_pool import reweight_pool as kernel
+
+    kernel(*arguments)
+
+
+def _launch_backward_triton(*arguments: Any) -> None:
+    from mlfast.kernels.reweight_pool import reweight_pool_backward as kernel
+
+    kernel(*arguments)
+
+
+LAUNCH = {"cpu": _launch_cpu, "triton": _launch_triton}
+LAUNCH_BACKWARD = {"cpu": _launch_backward_cpu, "triton": _launch_backward_triton}
+
+
+# ------------------------------------------------------------------------------------------------ autograd.Function
+
+
+class ReweightPoolFunction(torch.autograd.Function):
+    """One read of the features forward; backward writes their gradient without them."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, backend: str) -> Tensor:
+        """Features [B, S, h, w] and weight [S] to [B, S]."""
+        out, argmax, weight_slope = launch(backend, features, weight, True)
+        ctx.save_for_backward(weight, argmax, weight_slope)
+        ctx.call = backend, (*features.shape[2:], is_channels_last(features))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients by features and weight."""
+        backend, size = ctx.call
+        weight, argmax, slope = ctx.saved_tensors
+        grads = launch_backward(backend, grad_out, weight, argmax, slope, size, ctx.needs_input_grad[:2])
+        if torch.is_grad_enabled():  # create_graph=True
+            return *(grad if grad is None else without_second_derivative(grad) for grad in grads), None
+        return *grads, None
+
+
+# ---------------------------------------------------------------------------------------------- under torch.compile
+
+torch.library.define(
+    "mlfast::reweight_pool",
+    "(Tensor features, Tensor weight, bool needs_grad) -> (Tensor out, Tensor argmax, Tensor weight_slope)",
+)
+torch.library.define(
+    "mlfast::reweight_pool_backward",
+    "(Tensor grad_out, Tensor weight, Tensor argmax, Tensor weight_slope, SymInt height, SymInt width, "
+    "bool channels_last) -> (Tensor grad_features, Tensor grad_weight)",
+)
+
+
+@torch.library.impl("mlfast::reweight_pool", ["CPU", "CUDA"])
+def _run(features: Tensor, weight: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return launch(choose(features.device, SERVED), features, weight, needs_grad)
+
+
+@torch.library.register_fake("mlfast::reweight_pool")
+def _fake(features: Tensor, weight: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    out = features.new_empty(features.shape[:2])
+    saved = out.shape if needs_grad else (0,)
+    slope = out.new_empty(saved, dtype=computing_dtype(features.dtype))
+    return out, out.new_empty(saved, dtype=torch.int32), slope
+
+
+@torch.library.impl("mlfast::reweight_pool_backward", ["CPU", "CUDA"])
+def _run_backward(
+    grad_out: Tensor, weight: Tensor, argmax: Tensor, weight_slope: Tensor, height: int, width: int, channels_last: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    backend, size = choose(grad_out.device, SERVED), (height, width, channels_last)
+    return launch_backward(backend, grad_out, weight, argmax, weight_slope, size, (True, True))
+
+
+@torch.library.register_fake("mlfast::reweight_pool_backward")
+def _fake_backward(
+    grad_out: Tensor, weight: Tensor, argmax: Tensor, weight_slope: Tensor, height: int, width: int, channels_last: bool
+) -> tuple[Tensor, Tensor]:
+    shape, layout = (*grad_out.shape, height, width), memory_format(channels_last)
+    grad = torch.empty(shape, dtype=grad_out.dtype, device=grad_out.device, memory_format=layout)
+    return grad, torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, weight, _ = inputs
+    ctx.save_for_backward(weight, *output[1:])
+    ctx.size = (*features.shape[2:], is_channels_last(features))
+
+
+def _backward(ctx: Any, grad_out: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *torch.ops.mlfast.reweight_pool_backward(grad_out, *ctx.saved_tensors, *ctx.size), None
+
+
+torch.library.register_autograd("mlfast::reweight_pool", _backward, setup_context=_save)
+torch.library.register_autograd("mlfast::reweight_pool_backward", NoSecondDerivative.backward)
+
+
+# ------------------------------------------------------------------------------------------------------- functional
+
+
+def reweight_pool(features: Tensor, weight: Tensor) -> Tensor:
+    r"""Re-weight channels, then add the mean and the maximum over positions (Prokofiev & Sovrasov, graph branch).
+
+    .. math:: out_{bs} = \frac{1}{P} \sum_p w_s f_{bsp} + \max_p w_s f_{bsp}
+
+    The weighted features are never stored, and the features are not kept for backward. Where several positions hold
+    the maximum, the first in row-major order gets its gradient, as in ``torch.nn.functional.adaptive_max_pool2d``.
+    A NaN is above every number, as in ``Tensor.max``. For a negative weight the maximum is the weighted minimum.
+
+    Args:
+        features: [B, S, h, w] with at least one position, bfloat16, half, float32 or float64; contiguous and
+            channels_last maps are read as they are, others are copied first.
+        weight: [S] floating point, on the device of ``features``, of any sign.
+
+    Returns:
+        [B, S] in the dtype of ``features``; computed in float32, or in float64 for float64.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        mlfast.backends.BackendError: the backend that was asked for cannot serve; there is no CUDA C++ kernel.
+    """
+    check_arguments(features, weight)
+    backend = "reference" if is_exporting() else choose(features.device, SERVED)
+    if backend == "reference":
+        return reference(features, weight)
+    needs_grad = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
+    if torch.compiler.is_compiling() or type(features) is not Tensor:  # a subclass finds its way by the dispatcher
+        return torch.ops.mlfast.reweight_pool(features, weight, needs_grad)[0]
+    if not needs_grad:
+        return launch(backend, features, weight, False)[0]
+    return ReweightPoolFunction.apply(features, weight, backend)
+
+
+def check_arguments(features: Any, weight: Any) -> None:
+    """Raises TypeError or ValueError unless the two are what reweight_pool takes."""
+    for name, tensor in (("features", features), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"reweight_pool: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in CODES or not tensor.is_floating_point():
+            raise TypeError(
+                f"reweight_pool: {name} must be bfloat16, half, float32 or float64, got {tensor.dtype}; "
+                f"pass {name}.float()"
+            )
+    if features.dim() != 4:
+        raise ValueError(
+            f"reweight_pool: features must be [B, S, h, w], got {list(features.shape)}; add or merge dimensions"
+        )
+    positions = features.shape[2] * features.shape[3]
+    if not 1 <= positions <= MOST_POSITIONS:
+        raise ValueError(
+            f"reweight_pool: features must have 1 to {MOST_POSITIONS} positions, got {list(features.shape)}; "
+            "there is no maximum over none"
+        )
+    if weight.shape != features.shape[1:2]:
+        raise ValueError(
+            f"reweight_pool: weight must have one value per channel, [{features.shape[1]}], got {list(weight.shape)}; "
+            "pass weight.flatten() if it has other dimensions of size 1"
+        )
+    if weight.device != features.device:
+        raise ValueError(
+            f"reweight_pool: weight must be on the device of features, {features.device}, got {weight.device}; "
+            "pass weight.to(features.device)"
+        )

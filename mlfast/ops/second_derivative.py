@@ -1,0 +1,30 @@
+"""What fused ops say to double backward: that they have none, and what to do instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def without_second_derivative(grad: Tensor) -> Tensor:
+    """``grad``, for a backward with create_graph=True: differentiating it again raises."""
+    return NoSecondDerivative.apply(grad, torch.empty((), requires_grad=True))
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    """Passes a gradient on, and says what is missing if it is differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, requires_grad: Tensor) -> Tensor:
+        """Returns ``grad``; the second argument makes the result require grad."""
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Raises RuntimeError."""
+        raise RuntimeError(
+            "mlfast's fused ops have no second derivative; for double backward compute the op inside "
+            'mlfast.use_backend("reference")'
+        )

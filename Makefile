@@ -37,13 +37,13 @@ $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 demo: $(VENV)/.built
 	$(BIN)/mlfast train
 	@echo "== the loss alone: reference, torch.compile, mlfast (smaller is better)"
-	$(BIN)/python -m pytest bench/bench_aam_loss.py --quick -q --benchmark-quiet
+	$(BIN)/python -m pytest bench/bench_aam_loss.py --quick -q --benchmark-quiet -p no:warnings
 
 test: $(VENV)/.built
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.built
-	$(BIN)/python -m pytest bench --save-results --benchmark-quiet
+	$(BIN)/python -m pytest bench --save-results --benchmark-quiet -p no:warnings
 	$(BIN)/python -m bench.readme
 
 lint: $(VENV)/.dependencies

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.losses import SIZES, bench_loss, forward, training
+from bench.losses import SIZES, forward, race_losses, training
 from bench.race import race
 from mlfast.functional import aam_loss
 from mlfast.ops.aam_loss import check_options, reference
@@ -45,7 +45,7 @@ def contestants():
 @pytest.mark.parametrize("mode", [training, forward])
 @pytest.mark.parametrize("size", SIZES)
 def bench_aam_loss(benchmark, record, device, bandwidth, quick, size, mode):
-    bench_loss("aam_loss", contestants(), plain_reference, benchmark, record, device, bandwidth, quick, size, mode)
+    race_losses("aam_loss", contestants(), plain_reference, benchmark, record, device, bandwidth, quick, size, mode)
 
 
 def bench_call_overhead(benchmark, record, device):

@@ -7,7 +7,7 @@ clamped logarithms, a power. timm's loss is a mean over the batch; it is multipl
 import pytest
 import torch
 
-from bench.losses import SIZES, bench_loss, forward, training
+from bench.losses import SIZES, forward, race_losses, training
 from mlfast.functional import asymmetric_loss
 from mlfast.ops.asymmetric_loss import check_options, reference
 from mlfast.torchvision_compat import import_torchvision
@@ -51,6 +51,6 @@ def contestants():
 @pytest.mark.parametrize("mode", [training, forward])
 @pytest.mark.parametrize("size", SIZES)
 def bench_asymmetric_loss(benchmark, record, device, bandwidth, quick, size, mode):
-    bench_loss(
+    race_losses(
         "asymmetric_loss", contestants(), plain_reference, benchmark, record, device, bandwidth, quick, size, mode
     )

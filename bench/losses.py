@@ -53,7 +53,7 @@ def assert_same_results(losses, reference, scores, target):
         assert loss(scores, target).item() == pytest.approx(truth.item(), rel=1e-5), name
 
 
-def bench_loss(op, contestants, reference, benchmark, record, device, bandwidth, quick, size, mode):
+def race_losses(op, contestants, reference, benchmark, record, device, bandwidth, quick, size, mode):
     """Races every way to compute one loss; ``contestants`` holds mlfast's own under the name "mlfast"."""
     if quick and (size not in QUICK or mode is not training):
         pytest.skip("left out of --quick")

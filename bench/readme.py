@@ -15,26 +15,27 @@ def fastest(median_us: dict[str, float], kind: str) -> float:
 
 
 def section(path: Path) -> list[str]:
-    """One machine's table."""
+    """One machine's tables: a training step of every op at every size."""
     results = json.loads(path.read_text())
-    about = results["machine"]
+    about, rows = results["machine"], results["rows"]
     lines = [
         f"**{about['processor']}**, torch {about['torch']}, commit {about['commit']}, {about['date']}, "
-        f"copy bandwidth {about['copy_bandwidth_GBps']} GB/s:",
+        f"copy bandwidth {about['copy_bandwidth_GBps']} GB/s. All rows, forward alone among them: "
+        f"[{path.name}]({path.relative_to(ROOT)}).",
         "",
-        "| AAM loss, float32 | mlfast | byte targets | against eager | against torch.compile | of copy bandwidth |",
-        "|---|---|---|---|---|---|",
+        "| forward + backward, float32 | mlfast | against eager | against torch.compile | of copy bandwidth |",
+        "|---|---|---|---|---|",
     ]
-    for row in results["rows"]:
-        if row["op"] != "aam_loss":
+    for row in rows:
+        if not row["case"].endswith(" training") or row["op"] == "call_overhead":
             continue
         us = row["median_us"]
         lines.append(
-            f"| {row['case']} | {us['mlfast']:.0f} µs | {us['mlfast uint8']:.0f} µs | "
+            f"| {row['op']}, {row['case'].removesuffix(' training')} | {us['mlfast']:.0f} µs | "
             f"{fastest(us, 'eager') / us['mlfast']:.1f}x | {fastest(us, 'compile') / us['mlfast']:.1f}x | "
             f"{row['percent_of_copy_bandwidth']:.0f} % |"
         )
-    for row in results["rows"]:
+    for row in rows:
         if row["op"] == "call_overhead":
             mine, smallest = row["median_us"]["mlfast"], row["median_us"]["x.sum()"]
             lines += ["", f"One label, forward + backward: {mine:.0f} µs; PyTorch's `x.sum()`: {smallest:.0f} µs."]

@@ -170,7 +170,9 @@ void launch(void (*kernel)(Params...), int64_t n, int per_thread, uintptr_t stre
   config.stream = reinterpret_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string("mlfast: CUDA launch failed: ") + cudaGetErrorString(error));
+    throw std::runtime_error(std::string("mlfast: CUDA launch failed: ") + cudaGetErrorString(error) +
+                             " (mlfast.backends() tells for which chips it was built; MLFAST_CUDA_ARCHS builds for "
+                             "others, MLFAST_BACKEND=triton needs no build)");
 }
 
 template <typename Score, typename Target, typename Formula, typename T, typename Params>

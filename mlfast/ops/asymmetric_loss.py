@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlfast.ops.checks import check_number, check_reduction, check_tensors
-from mlfast.ops.dtypes import computing_dtype
+from mlfast.ops._checks import check_number, check_reduction, check_tensors
+from mlfast.ops._dtypes import computing_dtype
 from mlfast.ops.elementwise_loss import ElementwiseLoss, labels, register, weigh_and_reduce
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mlfast.backends import _native, choose, is_exporting
-from mlfast.ops.dtypes import CODES, computing_dtype
-from mlfast.ops.second_derivative import without_second_derivative
-from mlfast.ops.workspace import workspace_for
+from mlfast.ops._dtypes import CODES, computing_dtype
+from mlfast.ops._second_derivative import without_second_derivative
+from mlfast.ops._workspace import workspace_for
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mlfast.backends import _native, choose, is_exporting
-from mlfast.ops.dtypes import CODES, computing_dtype
-from mlfast.ops.second_derivative import NoSecondDerivative, without_second_derivative
+from mlfast.ops._dtypes import CODES, computing_dtype
+from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
 
 SERVED = ("cpu", "triton")  # memory bounds this op, so CUDA C++ would bring nothing over Triton
 MOST_POSITIONS = 2**30  # positions are int32 in the kernels, and a tile may reach beyond the last one

@@ -12,17 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mlfast.ops._dtypes import CODES
+
 ROOT = Path(__file__).parents[2]
-CODES = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.int8: 4,
-    torch.int16: 5,
-    torch.int32: 6,
-    torch.int64: 7,
-}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

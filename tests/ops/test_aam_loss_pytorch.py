@@ -7,6 +7,8 @@ import mlfast
 from mlfast.functional import aam_loss
 from mlfast.ops.aam_loss import Options
 
+on_cpu = pytest.mark.parametrize("device", [torch.device("cpu")])
+
 
 @pytest.fixture
 def cos(device):
@@ -86,6 +88,7 @@ def test_without_gradient(backend, cos, target):
         assert not loss.requires_grad
 
 
+@on_cpu
 def test_second_derivative_says_what_is_missing(cos, target):
     with mlfast.use_backend("cpu"):
         loss = aam_loss(cos, target)
@@ -95,11 +98,6 @@ def test_second_derivative_says_what_is_missing(cos, target):
     with mlfast.use_backend("reference"):
         (grad,) = torch.autograd.grad(aam_loss(cos, target), cos, create_graph=True)
         grad.sum().backward()
-
-
-test_second_derivative_says_what_is_missing = pytest.mark.parametrize("device", [torch.device("cpu")])(
-    test_second_derivative_says_what_is_missing
-)
 
 
 # ------------------------------------------------------------------------------------------------ compile and export
@@ -157,6 +155,7 @@ def test_autocast(backend, cos, target, device):
 # ------------------------------------------------------------------------------------------------------------- module
 
 
+@on_cpu
 def test_module_is_the_function(cos, target):
     weight = torch.rand(20)
     options = dict(scale=17.0, margin=0.1, k=0.6, gamma_neg=2.0, gamma_pos=1.0, prob_shift=0.02, label_smoothing=0.05)
@@ -166,9 +165,6 @@ def test_module_is_the_function(cos, target):
     assert module.double().class_weight.dtype == torch.float64
     with pytest.raises(ValueError, match="k must be"):
         mlfast.AAMLoss(k=2.0)
-
-
-test_module_is_the_function = pytest.mark.parametrize("device", [torch.device("cpu")])(test_module_is_the_function)
 
 
 def test_released_shifts_only_when_it_focuses():

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mlfast.ops.dtypes import CODES
+from mlfast.ops._dtypes import CODES
 
 REDUCTIONS = ("sum", "mean", "batchmean", "none")
 

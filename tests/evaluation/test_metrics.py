@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
-from mlfast.evaluation import average_precision, metrics, multilabel_metrics
+from mlfast.evaluation import average_precision, columns, metrics, multilabel_metrics
 from mlfast.torchvision_compat import import_torchvision
 
 SCORES = np.array(
@@ -156,7 +156,8 @@ def test_infinite_scores_and_strided_read_only_arrays():
 
 def test_column_blocks_change_nothing(monkeypatch):
     whole = average_precision(SCORES, TARGETS)
-    monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", 11)
+    monkeypatch.setattr(columns, "BLOCK_COLUMNS", 3)
+    monkeypatch.setattr(columns, "TILE_ROWS", 2)
     np.testing.assert_array_equal(average_precision(SCORES, TARGETS), whole)
 
 
@@ -217,3 +218,37 @@ def test_wrong_values_are_named(arguments, message):
 def test_lists_are_refused():
     with pytest.raises(TypeError, match="scores: got list"):
         average_precision([[0.1]], HARD)
+
+
+# --------------------------------------------------------------------------- what others mean by the same names
+
+
+def test_three_meanings_of_cf1():
+    assert multilabel_metrics(SCORES, TARGETS, f1="macro").CF1 == pytest.approx(0.7833333333)
+    sample = multilabel_metrics(SCORES, TARGETS, f1="sample")
+    assert (sample.CP, sample.CR, sample.CF1) == pytest.approx((0.6, 0.8, 0.6666666667))
+
+
+def test_a_class_without_positives_can_count_as_zero():
+    targets = TARGETS.copy()
+    targets[:, 3] = 0
+    assert multilabel_metrics(SCORES, targets, absent="zero").mAP == pytest.approx(0.7291666667)
+
+
+@settings(deadline=None)
+@given(problems())
+def test_interpolated_ap_is_the_area_under_the_envelope(problem):
+    scores, targets = problem
+    expected = []
+    for s, t in zip(scores.T, targets.T, strict=True):
+        s, positive = s[t >= 0], t[t >= 0] > 0
+        limits = np.unique(s)
+        recall = [(s[positive] >= x).sum() / max(positive.sum(), 1) for x in limits]
+        precision = [positive[s >= x].mean() for x in limits]
+        steps = sorted(zip(recall, precision, strict=True))
+        area, before = 0.0, 0.0
+        for r, _ in steps:
+            area += (r - before) * max(p for q, p in steps if q >= r)
+            before = r
+        expected.append(area if positive.any() else np.nan)
+    np.testing.assert_allclose(average_precision(scores, targets, interpolated=True), expected, rtol=1e-12)

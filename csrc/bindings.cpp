@@ -4,6 +4,8 @@
 
 #include "cpu/aam_loss.h"
 #include "cpu/asymmetric_loss.h"
+#include "cpu/cosine_linear.h"
+#include "cpu/huge_pages.h"
 #include "cpu/reweight_pool.h"
 #ifdef MLFAST_CUDA
 #include "cuda/aam_loss.h"
@@ -59,6 +61,28 @@ void scale_grad_cpu(uintptr_t grad, int grad_type, uintptr_t factor, int factor_
   mlfast::cpu::scale_grad(pointer(grad), static_cast<DType>(grad_type), pointer(factor),
                           static_cast<DType>(factor_type), n);
 }
+
+void cosine_linear_inverse_norms_cpu(uintptr_t values, int type, int64_t count, int64_t length, uintptr_t inverse) {
+  py::gil_scoped_release release;
+  mlfast::cpu::cosine_linear_inverse_norms({count, length, static_cast<DType>(type), pointer(values)},
+                                           pointer(inverse));
+}
+
+void cosine_linear_scale_cpu(uintptr_t from, int type, int64_t batch, int64_t classes, uintptr_t inverse_x,
+                             uintptr_t inverse_w, uintptr_t to) {
+  py::gil_scoped_release release;
+  mlfast::cpu::cosine_linear_scale(
+      {batch, classes, static_cast<DType>(type), pointer(from), pointer(inverse_x), pointer(inverse_w), pointer(to)});
+}
+
+void cosine_linear_project_cpu(uintptr_t grad, int type, int64_t count, int64_t length, uintptr_t values,
+                               uintptr_t inverse) {
+  py::gil_scoped_release release;
+  mlfast::cpu::cosine_linear_project({count, length, static_cast<DType>(type), pointer(values)}, pointer(inverse),
+                                     pointer(grad));
+}
+
+void prefer_huge_pages_cpu(uintptr_t data, int64_t bytes) { mlfast::cpu::prefer_huge_pages(pointer(data), bytes); }
 
 void reweight_pool_cpu(uintptr_t features, int type, int64_t batch, int64_t channels, int64_t positions,
                        bool channels_last, uintptr_t weight, uintptr_t out, uintptr_t argmax, uintptr_t weight_slope) {
@@ -130,6 +154,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("aam_loss_cpu", &aam_loss_cpu);
   m.def("asymmetric_loss_cpu", &asymmetric_loss_cpu);
   m.def("scale_grad_cpu", &scale_grad_cpu);
+  m.def("cosine_linear_inverse_norms_cpu", &cosine_linear_inverse_norms_cpu);
+  m.def("cosine_linear_scale_cpu", &cosine_linear_scale_cpu);
+  m.def("cosine_linear_project_cpu", &cosine_linear_project_cpu);
+  m.def("prefer_huge_pages_cpu", &prefer_huge_pages_cpu,
+        "Asks for 2 MiB pages for memory that is about to be written.");
   m.def("reweight_pool_cpu", &reweight_pool_cpu);
   m.def("reweight_pool_backward_cpu", &reweight_pool_backward_cpu);
   m.def("instruction_set", &instruction_set, "The instruction set that the CPU kernels use on this machine.");

@@ -2,6 +2,7 @@
 
 from mlfast.ops.aam_loss import aam_loss
 from mlfast.ops.asymmetric_loss import asymmetric_loss
+from mlfast.ops.cosine_linear import cosine_linear
 from mlfast.ops.reweight_pool import reweight_pool
 
-__all__ = ["aam_loss", "asymmetric_loss", "reweight_pool"]
+__all__ = ["aam_loss", "asymmetric_loss", "cosine_linear", "reweight_pool"]

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mlfast.ops.cosine_linear import cosine_linear
+
 
 class CosineLinear(nn.Module):
-    """Cosine of the angle between a feature vector and the weight vector of each class.
+    """Cosine of the angle between a feature vector and the weight vector of each class (``functional.cosine_linear``).
 
     ``cos[..., k] = <x, w_k> / (|x| |w_k|)``, without a bias. It is the head behind global average pooling when the
     paper trains with angular losses (Prokofiev & Sovrasov; ``AngleSimpleLinear`` in their released code, which clamps).
@@ -49,9 +51,7 @@ class CosineLinear(nn.Module):
         """Map features ``[..., D]`` to cosines ``[..., K]``."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"CosineLinear expects [..., {self.in_features}], got {list(x.shape)}")
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            return F.linear(F.normalize(x.to(dtype), dim=-1), F.normalize(self.weight.to(dtype), dim=-1))
+        return cosine_linear(x, self.weight)
 
     def extra_repr(self) -> str:
         """The sizes, for ``repr``."""

@@ -75,6 +75,19 @@ def scale_grad_job(grad):
     return "elementwise_loss", "scale_grad_kernel", signature, {"BLOCK": 512}, False
 
 
+def cosine_linear_jobs(real):
+    """The three kernels of cosine_linear, for vectors of any length."""
+    tensors = {
+        "inverse_norms_kernel": ("vectors", "inverse"),
+        "scale_kernel": ("values", "inverse_x", "inverse_w", "out"),
+        "project_kernel": ("grad", "vectors", "inverse"),
+    }
+    for kernel, names in tensors.items():
+        signature = dict.fromkeys(names, "*" + real)
+        signature |= {"classes" if kernel == "scale_kernel" else "length": "i32"}
+        yield "cosine_linear", kernel, signature, {"BLOCK": 1024}, False
+
+
 AAM, ASL = "aam_loss", "asymmetric_loss"
 SHARED_NUMBERS = ("weight_pos", "weight_neg", "gamma_pos", "gamma_neg", "label_smoothing")
 NUMBERS = {AAM: ("scale", "margin", "prob_shift", *SHARED_NUMBERS), ASL: ("clip", *SHARED_NUMBERS)}
@@ -97,6 +110,7 @@ VARIANTS = [
     loss_job(ASL, "fp64", "i8", powers=(7, 3)),
     *map(scale_grad_job, ("fp32", "bf16", "fp16", "fp64")),
 ]
+COSINE_LINEAR = [*cosine_linear_jobs("fp32"), *cosine_linear_jobs("fp64")]
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +152,12 @@ def test_triton_variants_do_not_spill(compile_triton):
         assert used["REG"] <= (255 if "*fp64" in job[2].values() else 96), (job, used)
 
 
+def test_triton_cosine_linear_does_not_spill(compile_triton):
+    for job, result in zip(COSINE_LINEAR, compile_triton(COSINE_LINEAR, H100), strict=True):
+        used = resources(result["usage"])
+        assert used["STACK"] == used["LOCAL"] == 0, (job, used)
+
+
 def test_triton_full_tiles_use_wide_accesses(compile_triton):
     ptx = compile_triton(VARIANTS, H100)[2]["text"]  # float32 scores, one-byte targets, four elements a thread
     assert re.search(r"^\s*ld\.global\.v4\.b32", ptx, re.MULTILINE)
@@ -169,7 +189,8 @@ def test_triton_orders_partials_before_the_ticket(compile_triton):
 
 @pytest.mark.parametrize("target", OTHER_TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
 def test_triton_other_targets(compile_triton, target):
-    for job, result in zip(VARIANTS[1:12:3], compile_triton(VARIANTS[1:12:3], target), strict=True):
+    jobs = [*VARIANTS[1:12:3], *COSINE_LINEAR]
+    for job, result in zip(jobs, compile_triton(jobs, target), strict=True):
         if target[0] == "cuda":
             used = resources(result["usage"])
             assert used["STACK"] == used["LOCAL"] == 0, (job, used)

@@ -1,0 +1,112 @@
+"""Triton kernels of cosine_linear: what surrounds the matrix products, each in one pass over memory.
+
+docs/cosine_linear.md derives the formulas. No allocation, autograd or autotuning. All tensors of a launch are
+contiguous and of one type, float32 or float64. Results are bit-equal from run to run: the order of every addition
+depends on the shape alone.
+
+These kernels run under Triton's interpreter (TRITON_INTERPRET=1) and compile for sm_80, sm_90 and sm_100; they were not
+tested on a GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# The inverse norm of every vector shorter than 1e-12, as in torch.nn.functional.normalize.
+MOST_INVERSE = tl.constexpr(1e12)
+BLOCK = 1024
+NUM_WARPS = 4
+
+
+@triton.jit
+def inverse_norms_kernel(vectors, inverse, length: tl.int32, BLOCK: tl.constexpr):
+    """1 / max(norm, 1e-12) of a vector; a program has one.
+
+    Args:
+        vectors: Pointer to [count, length].
+        inverse: Pointer to the result, [count].
+        length: Elements of a vector.
+        BLOCK: Elements that a program reads at a time.
+    """
+    T: tl.constexpr = vectors.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    squares = tl.zeros((BLOCK,), T)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        v = tl.load(vectors + row * length + at, mask=at < length, other=0.0)
+        squares += v * v
+    norm = tl.sqrt(tl.sum(squares.to(tl.float64), axis=0))
+    most = tl.full((), MOST_INVERSE, tl.float64)
+    tl.store(inverse + row, tl.where(norm * most < 1, most, 1 / norm).to(T))  # NaN stays NaN
+
+
+@triton.jit
+def scale_kernel(values, inverse_x, inverse_w, out, classes: tl.int32, BLOCK: tl.constexpr):
+    """values * inverse_x[row] * inverse_w[class]; a program has BLOCK classes of one row.
+
+    Args:
+        values: Pointer to [batch, classes].
+        inverse_x, inverse_w: Pointers to [batch] and [classes].
+        out: Pointer to the result, [batch, classes]; may be values.
+        classes: Size.
+        BLOCK: Classes of a program.
+    """
+    blocks = tl.cdiv(classes, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = column < classes
+    value = tl.load(values + row * classes + column, mask=inside, other=0.0)
+    value = value * tl.load(inverse_x + row) * tl.load(inverse_w + column, mask=inside, other=0.0)
+    tl.store(out + row * classes + column, value, mask=inside)
+
+
+@triton.jit
+def project_kernel(grad, vectors, inverse, length: tl.int32, BLOCK: tl.constexpr):
+    """grad -= <grad, v> v / |v|^2 in place, except where the norm was clamped; a program has one vector.
+
+    Args:
+        grad: Pointer to [count, length].
+        vectors: Pointer to [count, length].
+        inverse: Pointer to [count], from inverse_norms_kernel.
+        length: Elements of a vector.
+        BLOCK: Elements that a program reads at a time.
+    """
+    T: tl.constexpr = grad.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(inverse + row)
+    products = tl.zeros((BLOCK,), T)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        g = tl.load(grad + row * length + at, mask=at < length, other=0.0)
+        products += g * tl.load(vectors + row * length + at, mask=at < length, other=0.0)
+    along = (tl.sum(products.to(tl.float64), axis=0) * scale.to(tl.float64)).to(T)
+    clamped = scale == tl.full((), MOST_INVERSE, tl.float64).to(T)  # the norm was a constant: there is no part to take
+    end = tl.where(clamped, 0, length)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < end
+        g = tl.load(grad + row * length + at, mask=inside, other=0.0)
+        v = tl.load(vectors + row * length + at, mask=inside, other=0.0)
+        tl.store(grad + row * length + at, g - along * (scale * v), mask=inside)
+
+
+def inverse_norms(vectors: torch.Tensor, inverse: torch.Tensor) -> None:
+    """Launches inverse_norms_kernel, which documents the tensors."""
+    count, length = vectors.shape
+    with torch.cuda.device_of(vectors):
+        inverse_norms_kernel[(count,)](vectors, inverse, length, BLOCK=BLOCK, num_warps=NUM_WARPS)
+
+
+def scale(values: torch.Tensor, inverse_x: torch.Tensor, inverse_w: torch.Tensor, out: torch.Tensor) -> None:
+    """Launches scale_kernel, which documents the tensors."""
+    batch, classes = values.shape
+    programs = batch * triton.cdiv(classes, BLOCK)
+    with torch.cuda.device_of(values):
+        scale_kernel[(programs,)](values, inverse_x, inverse_w, out, classes, BLOCK=BLOCK, num_warps=NUM_WARPS)
+
+
+def project(grad: torch.Tensor, vectors: torch.Tensor, inverse: torch.Tensor) -> None:
+    """Launches project_kernel, which documents the tensors."""
+    count, length = grad.shape
+    with torch.cuda.device_of(grad):
+        project_kernel[(count,)](grad, vectors, inverse, length, BLOCK=BLOCK, num_warps=NUM_WARPS)

@@ -1,0 +1,274 @@
+"""Cosines of features with class weights: docs/cosine_linear.md has the derivation, cost and measurements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mlfast.backends import _native, choose, is_exporting
+from mlfast.ops._dtypes import CODES, computing_dtype
+from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
+
+SERVED = ("cpu", "triton")  # the products are the vendor's; memory bounds the rest, so CUDA C++ would bring nothing
+
+
+# ------------------------------------------------------------------------------------------------------- reference
+
+
+def reference(x: Tensor, weight: Tensor) -> Tensor:
+    """The op in plain PyTorch: the definition, the fallback for every device, in float64 the truth of the tests."""
+    dtype = computing_dtype(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(F.normalize(x.to(dtype), dim=-1), F.normalize(weight.to(dtype), dim=-1))
+
+
+# -------------------------------------------------------------------------------------------------- kernel launches
+
+
+def launch(backend: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The cosines [..., K], and for the gradient the inverse norms of features [B] and weights [K]."""
+    features, weights = _vectors(x, x.dtype), _vectors(weight, x.dtype)
+    inverse_x, inverse_w = (_inverse_norms(backend, vectors) for vectors in (features, weights))
+    cos = features.new_empty(*x.shape[:-1], len(weights))
+    rows = cos.view(len(features), len(weights))
+    torch.mm(features, weights.t(), out=rows)  # what writes to `out` is left alone by autocast
+    _scale(backend, rows, inverse_x, inverse_w, rows)
+    return cos, inverse_x, inverse_w
+
+
+def launch_backward(
+    backend: str,
+    grad_cos: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    inverse_x: Tensor,
+    inverse_w: Tensor,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients by x and weight, those that are needed."""
+    features, weights = _vectors(x, x.dtype), _vectors(weight, x.dtype)
+    grad_cos = grad_cos.reshape(len(features), len(weights)).contiguous().resolve_neg()
+    scaled = torch.empty_like(grad_cos)
+    _scale(backend, grad_cos, inverse_x, inverse_w, scaled)
+    grad_x = grad_weight = None
+    if needs[0]:
+        grad_x = torch.mm(scaled, weights, out=_fresh(backend, features))
+        _project(backend, grad_x, features, inverse_x)
+        grad_x = grad_x.view(x.shape).to(x.dtype)
+    if needs[1]:
+        grad_weight = torch.mm(scaled.t(), features, out=_fresh(backend, weights))
+        _project(backend, grad_weight, weights, inverse_w)
+        grad_weight = grad_weight.to(weight.dtype)
+    return grad_x, grad_weight
+
+
+def _vectors(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., D] as the kernels for features of ``dtype`` take it: [rows, D]."""
+    return tensor.reshape(-1, tensor.shape[-1]).to(computing_dtype(dtype)).contiguous().resolve_neg()
+
+
+def _fresh(backend: str, like: Tensor) -> Tensor:
+    """Memory for a gradient. On a CPU the page faults of a large one would cost more than the product that fills it."""
+    out = torch.empty_like(like)
+    if backend == "cpu":
+        _native.prefer_huge_pages_cpu(out.data_ptr(), out.nbytes)
+    return out
+
+
+def _inverse_norms(backend: str, vectors: Tensor) -> Tensor:
+    """1 / max(norm, 1e-12) of each row."""
+    inverse = vectors.new_empty(len(vectors))
+    if vectors.numel() > 0:
+        INVERSE_NORMS[backend](vectors, inverse)
+    return inverse
+
+
+def _scale(backend: str, values: Tensor, inverse_x: Tensor, inverse_w: Tensor, out: Tensor) -> None:
+    """Writes values * inverse_x[:, None] * inverse_w to ``out``, which may be ``values``."""
+    if values.numel() > 0:
+        SCALE[backend](values, inverse_x, inverse_w, out)
+
+
+def _project(backend: str, grad: Tensor, vectors: Tensor, inverse: Tensor) -> None:
+    """Takes from each row of ``grad``, in place, its part along the vector; not where the norm was clamped."""
+    if grad.numel() > 0:
+        PROJECT[backend](grad, vectors, inverse)
+
+
+def _inverse_norms_cpu(vectors: Tensor, inverse: Tensor) -> None:
+    _native.cosine_linear_inverse_norms_cpu(
+        vectors.data_ptr(), CODES[vectors.dtype], *vectors.shape, inverse.data_ptr()
+    )
+
+
+def _scale_cpu(values: Tensor, inverse_x: Tensor, inverse_w: Tensor, out: Tensor) -> None:
+    addresses = inverse_x.data_ptr(), inverse_w.data_ptr(), out.data_ptr()
+    _native.cosine_linear_scale_cpu(values.data_ptr(), CODES[values.dtype], *values.shape, *addresses)
+
+
+def _project_cpu(grad: Tensor, vectors: Tensor, inverse: Tensor) -> None:
+    addresses = vectors.data_ptr(), inverse.data_ptr()
+    _native.cosine_linear_project_cpu(grad.data_ptr(), CODES[grad.dtype], *grad.shape, *addresses)
+
+
+def _inverse_norms_triton(*tensors: Tensor) -> None:
+    from mlfast.kernels.cosine_linear import inverse_norms as kernel
+
+    kernel(*tensors)
+
+
+def _scale_triton(*tensors: Tensor) -> None:
+    from mlfast.kernels.cosine_linear import scale as kernel
+
+    kernel(*tensors)
+
+
+def _project_triton(*tensors: Tensor) -> None:
+    from mlfast.kernels.cosine_linear import project as kernel
+
+    kernel(*tensors)
+
+
+INVERSE_NORMS: dict[str, Callable[..., None]] = {"cpu": _inverse_norms_cpu, "triton": _inverse_norms_triton}
+SCALE: dict[str, Callable[..., None]] = {"cpu": _scale_cpu, "triton": _scale_triton}
+PROJECT: dict[str, Callable[..., None]] = {"cpu": _project_cpu, "triton": _project_triton}
+
+
+# ------------------------------------------------------------------------------------------------ autograd.Function
+
+
+class CosineLinearFunction(torch.autograd.Function):
+    """Three matrix products, as in a linear layer, and no normalised copy of features or weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, backend: str) -> Tensor:
+        """Features [..., D] and weights [K, D] to cosines [..., K]."""
+        cos, inverse_x, inverse_w = launch(backend, x, weight)
+        ctx.save_for_backward(x, weight, inverse_x, inverse_w)
+        ctx.backend = backend
+        return cos
+
+    @staticmethod
+    def backward(ctx: Any, grad_cos: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients by features and weights."""
+        x, weight, inverse_x, inverse_w = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        with torch.no_grad():  # a product that writes to `out` wants it, also under create_graph=True
+            grads = launch_backward(ctx.backend, grad_cos, x, weight, inverse_x, inverse_w, needs)
+        if torch.is_grad_enabled():  # create_graph=True
+            return *(grad if grad is None else without_second_derivative(grad) for grad in grads), None
+        return *grads, None
+
+
+# ---------------------------------------------------------------------------------------------- under torch.compile
+
+torch.library.define(
+    "mlfast::cosine_linear", "(Tensor x, Tensor weight) -> (Tensor cos, Tensor inverse_x, Tensor inverse_w)"
+)
+torch.library.define(
+    "mlfast::cosine_linear_backward",
+    "(Tensor grad_cos, Tensor x, Tensor weight, Tensor inverse_x, Tensor inverse_w) "
+    "-> (Tensor grad_x, Tensor grad_weight)",
+)
+
+
+@torch.library.impl("mlfast::cosine_linear", ["CPU", "CUDA"])
+def _run(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return launch(choose(x.device, SERVED), x, weight)
+
+
+@torch.library.register_fake("mlfast::cosine_linear")
+def _fake(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    cos = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=computing_dtype(x.dtype))
+    return cos, cos.new_empty(math.prod(x.shape[:-1])), cos.new_empty(weight.shape[0])
+
+
+@torch.library.impl("mlfast::cosine_linear_backward", ["CPU", "CUDA"])
+def _run_backward(
+    grad_cos: Tensor, x: Tensor, weight: Tensor, inverse_x: Tensor, inverse_w: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    backend = choose(x.device, SERVED)
+    return launch_backward(backend, grad_cos, x, weight, inverse_x, inverse_w, (True, True))
+
+
+@torch.library.register_fake("mlfast::cosine_linear_backward")
+def _fake_backward(
+    grad_cos: Tensor, x: Tensor, weight: Tensor, inverse_x: Tensor, inverse_w: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output[1:])
+
+
+def _backward(ctx: Any, grad_cos: Tensor, *unused: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.ops.mlfast.cosine_linear_backward(grad_cos, *ctx.saved_tensors)
+
+
+torch.library.register_autograd("mlfast::cosine_linear", _backward, setup_context=_save)
+torch.library.register_autograd("mlfast::cosine_linear_backward", NoSecondDerivative.backward)
+
+
+# ------------------------------------------------------------------------------------------------------- functional
+
+
+def cosine_linear(x: Tensor, weight: Tensor) -> Tensor:
+    r"""Cosine of the angle between each feature vector and each class weight: the head under an angular-margin loss.
+
+    .. math:: \cos_{bk} = \frac{\langle x_b, w_k \rangle}{\max(|x_b|, \epsilon) \max(|w_k|, \epsilon)}
+
+    with :math:`\epsilon = 10^{-12}`, as in ``torch.nn.functional.normalize``: a zero vector has cosine 0 and a finite
+    gradient. No normalised copy is stored. The cosines are not clamped; rounding may give 1 + 1e-7.
+
+    Args:
+        x: [..., D], D at least 1; bfloat16, half, float32 or float64.
+        weight: [K, D] on the device of ``x``, any of these dtypes.
+
+    Returns:
+        [..., K], float32, or float64 if ``x`` is float64. Everything is computed in that type, also under autocast.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        mlfast.backends.BackendError: the backend that was asked for cannot serve; there is no CUDA C++ kernel.
+    """
+    check_arguments(x, weight)
+    backend = "reference" if is_exporting() else choose(x.device, SERVED)
+    if backend == "reference":
+        return reference(x, weight)
+    if torch.compiler.is_compiling() or type(x) is not Tensor:  # a subclass finds its way by the dispatcher
+        return torch.ops.mlfast.cosine_linear(x, weight)[0]
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return CosineLinearFunction.apply(x, weight, backend)
+    return launch(backend, x, weight)[0]
+
+
+def check_arguments(x: Any, weight: Any) -> None:
+    """Raises TypeError or ValueError unless the two are what cosine_linear takes."""
+    for name, tensor in (("x", x), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"cosine_linear: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in CODES or not tensor.is_floating_point():
+            raise TypeError(
+                f"cosine_linear: {name} must be bfloat16, half, float32 or float64, got {tensor.dtype}; "
+                f"pass {name}.float()"
+            )
+    if weight.dim() != 2:
+        raise ValueError(f"cosine_linear: weight must be [K, D], got {list(weight.shape)}; one row per class")
+    if weight.shape[1] < 1:
+        raise ValueError(f"cosine_linear: weight must have D of at least 1, got {list(weight.shape)}")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"cosine_linear: x must be [..., {weight.shape[1]}], as long as the rows of weight, got {list(x.shape)}; "
+            "weight is [K, D], as in torch.nn.functional.linear"
+        )
+    if weight.device != x.device:
+        raise ValueError(
+            f"cosine_linear: weight must be on the device of x, {x.device}, got {weight.device}; "
+            "pass weight.to(x.device)"
+        )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench.race import number_of_sets, race
+from mlfast import SparseTargets
 
 SIZES = {
     "VOC 84 x 20": (84, 20),
@@ -18,7 +19,7 @@ QUICK = ("COCO 56 x 80", "OpenImages 512 x 601", "OpenImages 256 x 9605")
 
 
 def training(loss):
-    def step(cos, target, byte_target):
+    def step(cos, target, *others):
         cos.grad = None
         loss(cos, target).backward()
 
@@ -26,7 +27,7 @@ def training(loss):
 
 
 def forward(loss):
-    def step(cos, target, byte_target):
+    def step(cos, target, *others):
         with torch.no_grad():
             loss(cos, target)
 
@@ -34,7 +35,11 @@ def forward(loss):
 
 
 def byte_targets(step):
-    return lambda cos, target, byte_target: step(cos, byte_target, byte_target)
+    return lambda cos, target, byte_target, sparse: step(cos, byte_target)
+
+
+def sparse_targets(step):
+    return lambda cos, target, byte_target, sparse: step(cos, sparse)
 
 
 def make_inputs(rows, classes, device):
@@ -43,7 +48,7 @@ def make_inputs(rows, classes, device):
         g = torch.Generator().manual_seed(seed)
         cos = (torch.rand(rows, classes, generator=g) * 2 - 1).to(device).requires_grad_()
         target = (torch.rand(rows, classes, generator=g) < 3 / classes).to(device)  # about three labels per image
-        sets.append((cos, target.float(), target.to(torch.uint8)))
+        sets.append((cos, target.float(), target.to(torch.uint8), SparseTargets.from_dense(target)))
     return sets
 
 
@@ -63,7 +68,12 @@ def race_losses(op, contestants, reference, benchmark, record, device, bandwidth
     steps = {name: mode(loss) for name, loss in contestants.items()}
     names = list(steps)
     # Not beside mlfast, whose code would still be in the caches.
-    steps = {name: steps[name] for name in names[:3]} | {"mlfast uint8": byte_targets(steps["mlfast"])} | steps
+    mine = steps["mlfast"]
+    steps = (
+        {name: steps[name] for name in names[:2]}
+        | {"mlfast sparse": sparse_targets(mine), names[2]: steps[names[2]], "mlfast uint8": byte_targets(mine)}
+        | steps
+    )
     rounds = max(15, min(300, 20_000_000 // (rows * classes))) // (3 if quick else 1)
     medians = race(benchmark, steps, inputs, "mlfast", rounds)
     moved = rows * classes * (12 if mode is training else 8)

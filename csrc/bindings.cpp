@@ -2,9 +2,13 @@
 // needs no torch to build and one build serves every torch version. The GIL is released around every kernel.
 #include <pybind11/pybind11.h>
 
+#include <tuple>
+
 #include "cpu/aam_loss.h"
 #include "cpu/asymmetric_loss.h"
 #include "cpu/cosine_linear.h"
+#include "cpu/graph_attention_complete.h"
+#include "cpu/group_linear.h"
 #include "cpu/huge_pages.h"
 #include "cpu/reweight_pool.h"
 #ifdef MLFAST_CUDA
@@ -13,21 +17,22 @@
 #endif
 
 namespace py = pybind11;
-using mlfast::cpu::DType;
+using mlfast::DType;
 
 namespace {
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-mlfast::cpu::LossTask loss_task(uintptr_t scores, int scores_type, uintptr_t target, int target_type,
-                                uintptr_t class_weight, uintptr_t loss, uintptr_t grad, uintptr_t inv_known,
-                                int64_t rows, int64_t classes, double label_smoothing, bool elementwise) {
+mlfast::LossTask loss_task(uintptr_t scores, int scores_type, uintptr_t target, int target_type, uintptr_t indptr,
+                           uintptr_t class_weight, uintptr_t loss, uintptr_t grad, uintptr_t inv_known, int64_t rows,
+                           int64_t classes, double label_smoothing, bool elementwise) {
   return {rows,
           classes,
           pointer(scores),
           static_cast<DType>(scores_type),
           pointer(target),
           static_cast<DType>(target_type),
+          static_cast<const int64_t*>(pointer(indptr)),
           pointer(class_weight),
           label_smoothing,
           pointer(loss),
@@ -36,22 +41,22 @@ mlfast::cpu::LossTask loss_task(uintptr_t scores, int scores_type, uintptr_t tar
           elementwise};
 }
 
-void aam_loss_cpu(uintptr_t cos, int cos_type, uintptr_t target, int target_type, uintptr_t class_weight,
-                  uintptr_t loss, uintptr_t grad, uintptr_t inv_known, int64_t rows, int64_t classes, double scale,
-                  double margin, double weight_pos, double weight_neg, double gamma_pos, double gamma_neg,
-                  double prob_shift, double label_smoothing, bool elementwise) {
-  const auto task = loss_task(cos, cos_type, target, target_type, class_weight, loss, grad, inv_known, rows, classes,
-                              label_smoothing, elementwise);
+void aam_loss_cpu(uintptr_t cos, int cos_type, uintptr_t target, int target_type, uintptr_t indptr,
+                  uintptr_t class_weight, uintptr_t loss, uintptr_t grad, uintptr_t inv_known, int64_t rows,
+                  int64_t classes, double scale, double margin, double weight_pos, double weight_neg, double gamma_pos,
+                  double gamma_neg, double prob_shift, double label_smoothing, bool elementwise) {
+  const auto task = loss_task(cos, cos_type, target, target_type, indptr, class_weight, loss, grad, inv_known, rows,
+                              classes, label_smoothing, elementwise);
   py::gil_scoped_release release;
   mlfast::cpu::aam_loss(task, {scale, margin, weight_pos, weight_neg, gamma_pos, gamma_neg, prob_shift});
 }
 
-void asymmetric_loss_cpu(uintptr_t logits, int logits_type, uintptr_t target, int target_type, uintptr_t class_weight,
-                         uintptr_t loss, uintptr_t grad, uintptr_t inv_known, int64_t rows, int64_t classes,
-                         double weight_pos, double weight_neg, double gamma_pos, double gamma_neg, double clip,
-                         double label_smoothing, bool detach_focus, bool elementwise) {
-  const auto task = loss_task(logits, logits_type, target, target_type, class_weight, loss, grad, inv_known, rows,
-                              classes, label_smoothing, elementwise);
+void asymmetric_loss_cpu(uintptr_t logits, int logits_type, uintptr_t target, int target_type, uintptr_t indptr,
+                         uintptr_t class_weight, uintptr_t loss, uintptr_t grad, uintptr_t inv_known, int64_t rows,
+                         int64_t classes, double weight_pos, double weight_neg, double gamma_pos, double gamma_neg,
+                         double clip, double label_smoothing, bool detach_focus, bool elementwise) {
+  const auto task = loss_task(logits, logits_type, target, target_type, indptr, class_weight, loss, grad, inv_known,
+                              rows, classes, label_smoothing, elementwise);
   py::gil_scoped_release release;
   mlfast::cpu::asymmetric_loss(task, {weight_pos, weight_neg, gamma_pos, gamma_neg, clip, detach_focus});
 }
@@ -84,6 +89,65 @@ void cosine_linear_project_cpu(uintptr_t grad, int type, int64_t count, int64_t 
 
 void prefer_huge_pages_cpu(uintptr_t data, int64_t bytes) { mlfast::cpu::prefer_huge_pages(pointer(data), bytes); }
 
+using GroupLinearTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, bool, int>;
+
+mlfast::cpu::GroupLinearSizes group_linear_sizes(const GroupLinearTuple& t) {
+  const auto [batch, groups, features, slots, classes, cosine, computing] = t;
+  return {batch, groups, features, slots, classes, cosine, static_cast<DType>(computing)};
+}
+
+using GroupedRowsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;
+
+mlfast::cpu::GroupedRows grouped_rows(const GroupedRowsTuple& t) {
+  const auto [data, type, batch_stride, group_stride] = t;
+  return {pointer(data), static_cast<DType>(type), batch_stride, group_stride};
+}
+
+void group_linear_cpu(const GroupLinearTuple& sizes, const GroupedRowsTuple& x, uintptr_t weight, int weight_type,
+                      uintptr_t bias, uintptr_t out, int out_type, uintptr_t cosines, uintptr_t inv_x,
+                      uintptr_t inv_weight) {
+  py::gil_scoped_release release;
+  mlfast::cpu::group_linear(
+      group_linear_sizes(sizes),
+      {grouped_rows(x), pointer(weight), static_cast<DType>(weight_type), pointer(bias), pointer(out),
+       static_cast<DType>(out_type), pointer(cosines), pointer(inv_x), pointer(inv_weight)});
+}
+
+void group_linear_backward_cpu(const GroupLinearTuple& sizes, uintptr_t grad_out, int grad_type,
+                               const GroupedRowsTuple& x, uintptr_t weight, int weight_type, uintptr_t cosines,
+                               uintptr_t inv_x, uintptr_t inv_weight, const GroupedRowsTuple& grad_x,
+                               uintptr_t grad_weight) {
+  py::gil_scoped_release release;
+  mlfast::cpu::group_linear_backward(
+      group_linear_sizes(sizes), {pointer(grad_out), static_cast<DType>(grad_type), grouped_rows(x), pointer(weight),
+                                  static_cast<DType>(weight_type), pointer(cosines), pointer(inv_x),
+                                  pointer(inv_weight), grouped_rows(grad_x), pointer(grad_weight)});
+}
+
+mlfast::cpu::MergedOrder merged_order(uintptr_t order, uintptr_t weights) {
+  return {static_cast<int32_t*>(pointer(order)), static_cast<double*>(pointer(weights))};
+}
+
+void graph_attention_complete_cpu(int64_t nodes, int64_t heads, int64_t columns, int value_type, int score_type,
+                                  double negative_slope, uintptr_t value, uintptr_t score_src, uintptr_t score_dst,
+                                  uintptr_t out, uintptr_t order, uintptr_t weights) {
+  py::gil_scoped_release release;
+  mlfast::cpu::graph_attention_complete(
+      {nodes, heads, columns, static_cast<DType>(value_type), static_cast<DType>(score_type), negative_slope},
+      {pointer(value), pointer(score_src), pointer(score_dst), pointer(out), merged_order(order, weights)});
+}
+
+void graph_attention_complete_backward_cpu(int64_t nodes, int64_t heads, int64_t columns, int value_type,
+                                           int score_type, double negative_slope, uintptr_t grad_out, uintptr_t value,
+                                           uintptr_t order, uintptr_t weights, uintptr_t grad_value, uintptr_t grad_src,
+                                           uintptr_t grad_dst) {
+  py::gil_scoped_release release;
+  mlfast::cpu::graph_attention_complete_backward(
+      {nodes, heads, columns, static_cast<DType>(value_type), static_cast<DType>(score_type), negative_slope},
+      {pointer(grad_out), pointer(value), merged_order(order, weights), pointer(grad_value), pointer(grad_src),
+       pointer(grad_dst)});
+}
+
 void reweight_pool_cpu(uintptr_t features, int type, int64_t batch, int64_t channels, int64_t positions,
                        bool channels_last, uintptr_t weight, uintptr_t out, uintptr_t argmax, uintptr_t weight_slope) {
   py::gil_scoped_release release;
@@ -102,24 +166,25 @@ void reweight_pool_backward_cpu(uintptr_t grad_out, int type, int64_t batch, int
 }
 
 #ifdef MLFAST_CUDA
-void aam_loss_cuda(uintptr_t cos, int cos_type, uintptr_t target, int target_type, uintptr_t class_weight,
-                   uintptr_t loss, uintptr_t grad, uintptr_t inv_known, int64_t rows, int64_t classes, double scale,
-                   double margin, double weight_pos, double weight_neg, double gamma_pos, double gamma_neg,
-                   double prob_shift, double label_smoothing, bool elementwise, uintptr_t workspace, uintptr_t stream) {
-  const auto task = loss_task(cos, cos_type, target, target_type, class_weight, loss, grad, inv_known, rows, classes,
-                              label_smoothing, elementwise);
+void aam_loss_cuda(uintptr_t cos, int cos_type, uintptr_t target, int target_type, uintptr_t indptr,
+                   uintptr_t class_weight, uintptr_t loss, uintptr_t grad, uintptr_t inv_known, int64_t rows,
+                   int64_t classes, double scale, double margin, double weight_pos, double weight_neg, double gamma_pos,
+                   double gamma_neg, double prob_shift, double label_smoothing, bool elementwise, uintptr_t workspace,
+                   uintptr_t stream) {
+  const auto task = loss_task(cos, cos_type, target, target_type, indptr, class_weight, loss, grad, inv_known, rows,
+                              classes, label_smoothing, elementwise);
   py::gil_scoped_release release;
   mlfast::cuda::aam_loss(task, {scale, margin, weight_pos, weight_neg, gamma_pos, gamma_neg, prob_shift}, workspace,
                          stream);
 }
 
-void asymmetric_loss_cuda(uintptr_t logits, int logits_type, uintptr_t target, int target_type, uintptr_t class_weight,
-                          uintptr_t loss, uintptr_t grad, uintptr_t inv_known, int64_t rows, int64_t classes,
-                          double weight_pos, double weight_neg, double gamma_pos, double gamma_neg, double clip,
-                          double label_smoothing, bool detach_focus, bool elementwise, uintptr_t workspace,
+void asymmetric_loss_cuda(uintptr_t logits, int logits_type, uintptr_t target, int target_type, uintptr_t indptr,
+                          uintptr_t class_weight, uintptr_t loss, uintptr_t grad, uintptr_t inv_known, int64_t rows,
+                          int64_t classes, double weight_pos, double weight_neg, double gamma_pos, double gamma_neg,
+                          double clip, double label_smoothing, bool detach_focus, bool elementwise, uintptr_t workspace,
                           uintptr_t stream) {
-  const auto task = loss_task(logits, logits_type, target, target_type, class_weight, loss, grad, inv_known, rows,
-                              classes, label_smoothing, elementwise);
+  const auto task = loss_task(logits, logits_type, target, target_type, indptr, class_weight, loss, grad, inv_known,
+                              rows, classes, label_smoothing, elementwise);
   py::gil_scoped_release release;
   mlfast::cuda::asymmetric_loss(task, {weight_pos, weight_neg, gamma_pos, gamma_neg, clip, detach_focus}, workspace,
                                 stream);
@@ -159,6 +224,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("cosine_linear_project_cpu", &cosine_linear_project_cpu);
   m.def("prefer_huge_pages_cpu", &prefer_huge_pages_cpu,
         "Asks for 2 MiB pages for memory that is about to be written.");
+  m.def("group_linear_cpu", &group_linear_cpu);
+  m.def("group_linear_backward_cpu", &group_linear_backward_cpu);
+  m.def("graph_attention_complete_cpu", &graph_attention_complete_cpu);
+  m.def("graph_attention_complete_backward_cpu", &graph_attention_complete_backward_cpu);
   m.def("reweight_pool_cpu", &reweight_pool_cpu);
   m.def("reweight_pool_backward_cpu", &reweight_pool_backward_cpu);
   m.def("instruction_set", &instruction_set, "The instruction set that the CPU kernels use on this machine.");

@@ -53,7 +53,7 @@ def _own_side(cos, positive, scale, margin, shift, MARGIN: tl.constexpr, SHIFTED
 
 @triton.jit(do_not_specialize=["n", "classes"])
 def aam_loss_kernel(
-    scores, target, class_weight, loss, grad, inv_known, workspace, n: tl.int64, classes: tl.int32,
+    scores, target, indptr, class_weight, loss, grad, inv_known, workspace, n: tl.int64, classes: tl.int32,
     scale: tl.float64, margin: tl.float64, weight_pos: tl.float64, weight_neg: tl.float64,
     gamma_pos: tl.float64, gamma_neg: tl.float64, prob_shift: tl.float64, label_smoothing: tl.float64,
     ELEMENTWISE: tl.constexpr, SMOOTHED: tl.constexpr, POWER_POS: tl.constexpr, POWER_NEG: tl.constexpr,
@@ -68,7 +68,7 @@ def aam_loss_kernel(
         SHIFTED: Whether prob_shift is greater than 0.
     """
     loss_of_tiles(
-        scores, target, class_weight, loss, grad, inv_known, workspace, n, classes,
+        scores, target, indptr, class_weight, loss, grad, inv_known, workspace, n, classes,
         scale, weight_pos, weight_neg, gamma_pos, gamma_neg, label_smoothing,
         (scale, margin, prob_shift, MARGIN, SHIFTED), _own_side, _both_sides,
         ELEMENTWISE, SMOOTHED, POWER_POS, POWER_NEG, False, MAX_PROGRAMS, BLOCK,

@@ -46,7 +46,7 @@ def _own_side(logit, positive, clip, CLIPPED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "classes"])
 def asymmetric_loss_kernel(
-    scores, target, class_weight, loss, grad, inv_known, workspace, n: tl.int64, classes: tl.int32,
+    scores, target, indptr, class_weight, loss, grad, inv_known, workspace, n: tl.int64, classes: tl.int32,
     weight_pos: tl.float64, weight_neg: tl.float64, gamma_pos: tl.float64, gamma_neg: tl.float64,
     clip: tl.float64, label_smoothing: tl.float64, DETACHED: tl.constexpr,
     ELEMENTWISE: tl.constexpr, SMOOTHED: tl.constexpr, POWER_POS: tl.constexpr, POWER_NEG: tl.constexpr,
@@ -60,7 +60,7 @@ def asymmetric_loss_kernel(
         CLIPPED: Whether clip is greater than 0.
     """
     loss_of_tiles(
-        scores, target, class_weight, loss, grad, inv_known, workspace, n, classes,
+        scores, target, indptr, class_weight, loss, grad, inv_known, workspace, n, classes,
         1.0, weight_pos, weight_neg, gamma_pos, gamma_neg, label_smoothing,
         (clip, CLIPPED), _own_side, _both_sides,
         ELEMENTWISE, SMOOTHED, POWER_POS, POWER_NEG, DETACHED, MAX_PROGRAMS, BLOCK,

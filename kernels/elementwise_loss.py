@@ -139,6 +139,33 @@ def _minus_loss_and_grad(
     return terms, slope
 
 
+# ------------------------------------------------------------------------------------------------------ sparse targets
+
+
+@triton.jit
+def _sparse_labels(indices, indptr, start, lane, inside, classes):
+    """The labels of a tile, 1 or 0, or -1 outside: every lane looks itself up among the positives of its row.
+
+    A binary search, of as many steps as the longest row of the tile needs: none where no row has a positive.
+    """
+    column = (start % classes).to(tl.int32) + lane
+    row = start // classes + column // classes
+    column = column % classes
+    first = tl.load(indptr + row, mask=inside, other=0)
+    end = tl.load(indptr + row + 1, mask=inside, other=0)
+    last = end
+    longest = tl.max(end - first)
+    while longest > 0:
+        middle = (first + last) // 2
+        searching = first < last
+        below = searching & (tl.load(indices + middle, mask=searching, other=0) < column)
+        last = tl.where(below, last, middle)
+        first = tl.where(below, middle + 1, first)
+        longest = longest // 2
+    found = tl.load(indices + first, mask=first < end, other=-1) == column
+    return tl.where(inside, found.to(tl.int8), -1)
+
+
 # ----------------------------------------------------------------------------------------------------------- all tiles
 
 
@@ -175,7 +202,7 @@ def _reduce(loss_sum, known, loss, inv_known, workspace, MAX_PROGRAMS: tl.conste
 
 @triton.jit
 def loss_of_tiles(
-    scores, target, class_weight, loss, grad, inv_known, workspace, n, classes,
+    scores, target, indptr, class_weight, loss, grad, inv_known, workspace, n, classes,
     scale, weight_pos, weight_neg, gamma_pos, gamma_neg, smoothing, numbers,
     own_side: tl.constexpr, both_sides: tl.constexpr, ELEMENTWISE: tl.constexpr, SMOOTHED: tl.constexpr,
     POWER_POS: tl.constexpr, POWER_NEG: tl.constexpr, DETACHED: tl.constexpr,
@@ -186,7 +213,9 @@ def loss_of_tiles(
     Args:
         scores: Pointer to the scores, [n], float32, float16, bfloat16 or float64.
         target: Pointer to the targets, [n], any signed integer or float type; < 0 is unknown. Integers are hard: > 0 is
-            positive. Floats are anything in [0, 1].
+            positive. Floats are anything in [0, 1]. With indptr: pointer to the classes of the positives, [nnz], int32
+            or int64, ascending in each row.
+        indptr: Pointer to where the positives of each row begin, [n / classes + 1], int64; None for dense targets.
         class_weight: Pointer to weights, [classes], in the computing type, or None.
         loss: Pointer to the result in the computing type: [n] if ELEMENTWISE, otherwise one value.
         grad: Pointer to the gradient, [n], in the type of scores, or None.
@@ -194,7 +223,7 @@ def loss_of_tiles(
             which the loss (and not grad) is multiplied; or None. Not for ELEMENTWISE.
         workspace: Pointer to WORKSPACE_BYTES bytes, 16-byte aligned; the first four are zero before and after.
         n: Number of elements, int64.
-        classes: Number of classes, the length of class_weight, int32.
+        classes: Number of classes, int32 and below 2^31 - BLOCK; read with class_weight or indptr only.
         scale: What the loss is divided by: its slopes are per unit of scale * score.
         weight_pos, weight_neg: Weights of the two sides, which contain the constants of the reduction.
         gamma_pos, gamma_neg: Their focusing exponents.
@@ -231,9 +260,13 @@ def loss_of_tiles(
             inside = lane < n - start
             if MASKED:
                 x = tl.load(scores + start + lane, mask=inside, other=0.0).to(T)
-                y = tl.load(target + start + lane, mask=inside, other=-1.0)
             else:
                 x = tl.load(scores + start + lane).to(T)
+            if indptr is not None:
+                y = _sparse_labels(target, indptr, start, lane, inside, classes)
+            elif MASKED:
+                y = tl.load(target + start + lane, mask=inside, other=-1.0)
+            else:
                 y = tl.load(target + start + lane)
             if y.dtype.is_floating():
                 y = y.to(T)
@@ -311,6 +344,7 @@ def launch(
     kernel: Any,
     scores: torch.Tensor,
     target: torch.Tensor,
+    indptr: torch.Tensor | None,
     class_weight: torch.Tensor | None,
     loss: torch.Tensor,
     grad: torch.Tensor | None,
@@ -331,13 +365,14 @@ def launch(
         kernel[(num_programs(n),)](
             scores,
             target,
+            indptr,
             class_weight,
             loss,
             grad,
             inv_known,
             workspace,
             n,
-            1 if class_weight is None else class_weight.numel(),
+            1 if class_weight is None and indptr is None else scores.shape[-1],
             *numbers,
             SMOOTHED=numbers.label_smoothing > 0,
             POWER_POS=power_pos,

@@ -8,7 +8,8 @@ if not (_Path(__file__).parent / "kernels").exists():
 
 from mlfast import functional
 from mlfast.backends import backends, use_backend
-from mlfast.nn import AAMLoss, AsymmetricLoss, CosineLinear, ReweightPool
+from mlfast.nn import AAMLoss, AsymmetricLoss, CosineLinear, GroupLinear, ReweightPool
+from mlfast.sparse_targets import SparseTargets
 
 __version__ = "0.1.0"
 
@@ -16,7 +17,9 @@ __all__ = [
     "AAMLoss",
     "AsymmetricLoss",
     "CosineLinear",
+    "GroupLinear",
     "ReweightPool",
+    "SparseTargets",
     "__version__",
     "backends",
     "functional",

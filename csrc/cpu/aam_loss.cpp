@@ -1,8 +1,6 @@
 // aam_loss on the CPU: csrc/math/aam_loss.h over tiles, each variant compiled for three instruction sets.
 #include "aam_loss.h"
 
-#include "../math/aam_loss.h"
-
 namespace mlfast::cpu {
 namespace {
 
@@ -35,24 +33,18 @@ using Formula = TileFormula<T, AamParams<T>>;
 
 template <bool Shifted, bool Margin, typename T>
 void choose_tiles(Formula<T>& f, Focus focus) {
-  f.soft = loss_tile<Soft<Shifted>, T>;
+  f.template set_soft<Soft<Shifted>>();
   switch (focus) {
-    case kFocusNone: f.hard = loss_tile<Hard<Shifted, Margin, kFocusNone>, T>; break;
-    case kFocusPower1: f.hard = loss_tile<Hard<Shifted, Margin, kFocusPower1>, T>; break;
-    case kFocusPower7: f.hard = loss_tile<Hard<Shifted, Margin, kFocusPower7>, T>; break;
-    case kFocusReal: f.hard = loss_tile<Hard<Shifted, Margin, kFocusReal>, T>;
+    case kFocusNone: f.template set_hard<Hard<Shifted, Margin, kFocusNone>>(); break;
+    case kFocusPower1: f.template set_hard<Hard<Shifted, Margin, kFocusPower1>>(); break;
+    case kFocusPower7: f.template set_hard<Hard<Shifted, Margin, kFocusPower7>>(); break;
+    case kFocusReal: f.template set_hard<Hard<Shifted, Margin, kFocusReal>>();
   }
 }
 
 template <typename T>
 Formula<T> formula(const AamOptions& o) {
-  const AamParams<T> params{T(o.scale),
-                            T(1 / o.scale),
-                            T(o.margin),
-                            T(o.prob_shift),
-                            loss_side<T>(o.weight_pos, o.gamma_pos),
-                            loss_side<T>(o.weight_neg, o.gamma_neg)};
-  Formula<T> f{params, {}, {}};
+  Formula<T> f{aam_params<T>(o)};
   const Focus focus = focus_of(o.gamma_pos, o.gamma_neg);
   if (o.prob_shift > 0) {
     o.margin != 0 ? choose_tiles<true, true>(f, focus) : choose_tiles<true, false>(f, focus);

@@ -3,14 +3,11 @@
 
 #include <cstdint>
 
+#include "../math/aam_loss.h"
 #include "dtype.h"
 #include "elementwise_loss.h"
 
 namespace mlfast::cpu {
-
-struct AamOptions {
-  double scale, margin, weight_pos, weight_neg, gamma_pos, gamma_neg, prob_shift;
-};
 
 void aam_loss(const LossTask& task, const AamOptions& options);
 

@@ -1,8 +1,6 @@
 // asymmetric_loss on the CPU: csrc/math/asymmetric_loss.h over tiles.
 #include "asymmetric_loss.h"
 
-#include "../math/asymmetric_loss.h"
-
 namespace mlfast::cpu {
 namespace {
 
@@ -35,18 +33,18 @@ using Formula = TileFormula<T, AslParams<T>>;
 
 template <bool Clipped, bool Detached, typename T>
 void choose_tiles(Formula<T>& f, Focus focus) {
-  f.soft = loss_tile<Soft<Clipped, Detached>, T>;
+  f.template set_soft<Soft<Clipped, Detached>>();
   switch (focus) {
-    case kFocusNone: f.hard = loss_tile<Hard<Clipped, false, kFocusNone>, T>; break;
+    case kFocusNone: f.template set_hard<Hard<Clipped, false, kFocusNone>>(); break;
     case kFocusPower1:
-    case kFocusPower7: f.hard = loss_tile<Hard<Clipped, Detached, kFocusPower7>, T>; break;
-    case kFocusReal: f.hard = loss_tile<Hard<Clipped, Detached, kFocusReal>, T>;
+    case kFocusPower7: f.template set_hard<Hard<Clipped, Detached, kFocusPower7>>(); break;
+    case kFocusReal: f.template set_hard<Hard<Clipped, Detached, kFocusReal>>();
   }
 }
 
 template <typename T>
 Formula<T> formula(const AslOptions& o) {
-  Formula<T> f{{T(o.clip), loss_side<T>(o.weight_pos, o.gamma_pos), loss_side<T>(o.weight_neg, o.gamma_neg)}, {}, {}};
+  Formula<T> f{asl_params<T>(o)};
   const Focus focus = focus_of(o.gamma_pos, o.gamma_neg);
   if (o.clip > 0) {
     o.detach_focus ? choose_tiles<true, true>(f, focus) : choose_tiles<true, false>(f, focus);

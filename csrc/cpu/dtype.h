@@ -1,26 +1,15 @@
-// Element types as they cross the boundary from Python, and loops that convert them to and from the type a kernel
-// computes in. Kernels compute in float (double for double); tensors of any type are converted a tile at a time, in L1.
+// Loops that convert elements to and from the type a kernel computes in. Kernels compute in float (double for double);
+// tensors of any type are converted a tile at a time, in L1.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
 
+#include "../dtype.h"
 #include "simd.h"
 
 namespace mlfast::cpu {
-
-// The numbers are part of the Python boundary: mlfast/ops/_dtypes.py holds the same list.
-enum class DType : int {
-  kFloat32 = 0,
-  kFloat64 = 1,
-  kBFloat16 = 2,
-  kFloat16 = 3,
-  kInt8 = 4,
-  kInt16 = 5,
-  kInt32 = 6,
-  kInt64 = 7
-};
 
 struct BFloat16 {
   uint16_t bits;

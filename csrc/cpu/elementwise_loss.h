@@ -7,29 +7,15 @@
 #include <numeric>
 #include <type_traits>
 
+#include "../loss_task.h"
 #include "../math/focus.h"
 #include "dtype.h"
 #include "parallel.h"
 
 namespace mlfast::cpu {
 
-// How the targets of a tile can be read: all 0, 1 or unknown (< 0), or any value in [0, 1].
-enum class Labels { kHard, kSoft };
-
-struct LossTask {
-  int64_t rows, classes;
-  const void* scores;
-  DType scores_type;
-  const void* target;
-  DType target_type;
-  const void* class_weight;  // [classes] in the computing type, or null
-  double label_smoothing;
-  void* loss;  // one value, or [rows, classes] if elementwise; in the computing type
-  void* grad;  // [rows, classes] in the type of the scores, or null
-  void*
-      inv_known;  // for the mean over known labels: receives 1 / their number, by which the loss is multiplied; or null
-  bool elementwise;
-};
+// How the labels of a tile can be read: all 0, 1 or unknown (< 0); any value in [0, 1]; or all 0.
+enum class Labels { kHard, kSoft, kNegative };
 
 // Tiles of scores, targets, losses, gradients and weights together fill a third of a 32 KiB L1 cache.
 constexpr int64_t kTile = 512;
@@ -85,30 +71,45 @@ MLFAST_SIMD double sum(const T* __restrict x, int64_t n) {
 //
 // Two short loops, because a processor looks a few hundred instructions ahead, and from exponential to logarithm to
 // product the chain is longer than that hides: as one loop this takes a third more time.
-template <typename Element, typename T, typename Params>
+//
+// Where all labels are negative `y` is not read, and what depends on the side is the same for the whole tile.
+template <typename Element, Labels L, typename T, typename Params>
 MLFAST_SIMD void loss_tile(const T* __restrict scores, const T* __restrict y, T* __restrict loss, T* __restrict grad,
                            int64_t n, const Params& params) {
   const Params a = params;  // a local copy can stay in registers
   alignas(64) T exponential[kTile];
-  for (int64_t i = 0; i < n; ++i) exponential[i] = math::sigmoid_exponential(Element::logit(scores[i], y[i], a));
+  const auto label = [y](int64_t i) { return L == Labels::kNegative ? T(0) : y[i]; };
+  for (int64_t i = 0; i < n; ++i) exponential[i] = math::sigmoid_exponential(Element::logit(scores[i], label(i), a));
   for (int64_t i = 0; i < n; ++i) {
-    const math::Sigmoid<T> sigmoid = math::sigmoid(Element::logit(scores[i], y[i], a), exponential[i]);
-    const LossGrad<T> r = Element::at(scores[i], y[i], a, sigmoid);
-    const bool unknown = y[i] < T(0);
+    const math::Sigmoid<T> sigmoid = math::sigmoid(Element::logit(scores[i], label(i), a), exponential[i]);
+    const LossGrad<T> r = Element::at(scores[i], label(i), a, sigmoid);
+    const bool unknown = label(i) < T(0);
     loss[i] = unknown ? T(0) : r.loss;
     grad[i] = unknown ? T(0) : r.grad;
   }
 }
 
-// A formula with one function for tiles of hard labels and one for soft ones, both loss_tile of some Element.
+// A formula with one function for each kind of labels, all loss_tile of some Element.
 template <typename T, typename Params>
 struct TileFormula {
   using Tile = void (*)(const T*, const T*, T*, T*, int64_t, const Params&);
   Params params;
-  Tile hard, soft;
+  Tile hard = nullptr, soft = nullptr, negative = nullptr;
+
+  template <typename Element>
+  void set_soft() {
+    soft = loss_tile<Element, Labels::kSoft, T, Params>;
+  }
+
+  template <typename Element>
+  void set_hard() {
+    hard = loss_tile<Element, Labels::kHard, T, Params>;
+    negative = loss_tile<Element, Labels::kNegative, T, Params>;
+  }
 
   void operator()(Labels labels, const T* scores, const T* y, T* loss, T* grad, int64_t n) const {
-    (labels == Labels::kHard ? hard : soft)(scores, y, loss, grad, n, params);
+    const Tile tile = labels == Labels::kHard ? hard : labels == Labels::kSoft ? soft : negative;
+    tile(scores, y, loss, grad, n, params);
   }
 };
 
@@ -135,10 +136,21 @@ struct TargetTile {
   Labels labels;
 };
 
+// Smoothed labels are written out; otherwise the tile is said to be negative, and patch_positives mends what is not.
+template <typename T>
+TargetTile<T> load_sparse_target(const LossTask& task, int64_t begin, int64_t n, T* buffer) {
+  if (task.label_smoothing == 0) return {nullptr, Labels::kNegative};
+  std::fill_n(buffer, n, T(0));
+  sparse_target(task).for_positives(begin, begin + n, [&](int64_t i) { buffer[i] = T(1); });
+  smooth(buffer, static_cast<T>(task.label_smoothing), n);
+  return {buffer, Labels::kSoft};
+}
+
 // The same for targets. Integer targets are hard by definition; others are looked at, which costs little in L1 and
 // spares the caller a promise about the values.
 template <typename T>
 TargetTile<T> load_target(const LossTask& task, int64_t begin, int64_t n, T* buffer) {
+  if (task.indptr) return load_sparse_target(task, begin, n, buffer);
   TargetTile<T> tile{buffer, Labels::kHard};
   const bool smoothed = task.label_smoothing > 0;
   with_type(task.target_type, [&](auto* type) {
@@ -178,6 +190,29 @@ void load_class_weight(const LossTask& task, int64_t begin, int64_t n, T* buffer
   }
 }
 
+// Computes the positives of a tile anew, whose labels were all taken for negative: the scores of a few at a time are
+// gathered to where the formula for hard labels finds them, and its results written over those in the tile.
+template <typename T, typename Formula>
+void patch_positives(const LossTask& task, const Formula& formula, int64_t begin, int64_t n, const T* scores, T* loss,
+                     T* grad) {
+  constexpr int kGroup = 16;  // a vector of AVX-512; the last group is filled up with what does not matter
+  int64_t at[kGroup];
+  alignas(64) T score[kGroup] = {}, label[kGroup], group_loss[kGroup], group_grad[kGroup];
+  std::fill_n(label, kGroup, T(1));
+  int count = 0;
+  const auto patch = [&] {
+    formula(Labels::kHard, score, label, group_loss, group_grad, kGroup);
+    for (int j = 0; j < count; ++j) loss[at[j]] = group_loss[j], grad[at[j]] = group_grad[j];
+    count = 0;
+  };
+  sparse_target(task).for_positives(begin, begin + n, [&](int64_t i) {
+    at[count] = i;
+    score[count] = scores[i];
+    if (++count == kGroup) patch();
+  });
+  if (count > 0) patch();
+}
+
 // One tile on its way: what it needs of L1, and what it adds to the result.
 template <typename T, typename Formula>
 struct TileWorker {
@@ -198,13 +233,14 @@ struct TileWorker {
     const TargetTile<T> target = load_target(task, begin, n, y);
 
     formula(target.labels, c, target.y, loss_out, grad_out, n);
+    if (target.labels == Labels::kNegative) patch_positives(task, formula, begin, n, c, loss_out, grad_out);
     if (task.class_weight) {
       load_class_weight(task, begin, n, weight);
       multiply(loss_out, weight, n);
       multiply(grad_out, weight, n);
     }
     if (!task.elementwise) loss_sum += sum(loss_out, n);
-    if (task.inv_known) known += count_known(target.y, n);
+    if (task.inv_known) known += target.labels == Labels::kNegative ? n : count_known(target.y, n);
     if (task.grad && !direct_grad) store_grad(begin, n);
   }
 

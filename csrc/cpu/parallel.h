@@ -34,6 +34,15 @@ inline int threads_for(int64_t n) {
 #endif
 }
 
+// The number of the calling thread within its team.
+inline int this_thread() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
 // Flushes subnormal results to zero while it lives. Saturated sigmoids make many of them, below 1e-38 each, and they
 // slow a processor several times over: run time would depend on the data.
 class FlushSubnormals {

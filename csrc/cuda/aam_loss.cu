@@ -1,7 +1,6 @@
 // aam_loss on the GPU: the formulas of csrc/math/aam_loss.h in the frame of elementwise_loss.cuh.
 #include "aam_loss.h"
 
-#include "../math/aam_loss.h"
 #include "elementwise_loss.cuh"
 
 namespace mlfast::cuda {
@@ -27,16 +26,11 @@ struct AamHard {
 };
 
 struct Aam {
-  cpu::AamOptions o;
+  AamOptions o;
 
   template <typename T>
   AamParams<T> params() const {
-    return {T(o.scale),
-            T(1 / o.scale),
-            T(o.margin),
-            T(o.prob_shift),
-            loss_side<T>(o.weight_pos, o.gamma_pos),
-            loss_side<T>(o.weight_neg, o.gamma_neg)};
+    return aam_params<T>(o);
   }
 
   // Variants that would save only a few multiplications share a kernel: gammas of 0 or 1 are served as powers up to 7
@@ -64,7 +58,7 @@ struct Aam {
 
 }  // namespace
 
-void aam_loss(const LossTask& task, const cpu::AamOptions& options, uintptr_t workspace, uintptr_t stream) {
+void aam_loss(const LossTask& task, const AamOptions& options, uintptr_t workspace, uintptr_t stream) {
   elementwise_loss(task, Aam{options}, workspace, stream);
 }
 

@@ -1,7 +1,6 @@
 // asymmetric_loss on the GPU: the formulas of csrc/math/asymmetric_loss.h in the frame of elementwise_loss.cuh.
 #include "asymmetric_loss.h"
 
-#include "../math/asymmetric_loss.h"
 #include "elementwise_loss.cuh"
 
 namespace mlfast::cuda {
@@ -26,11 +25,11 @@ struct AslHard {
 };
 
 struct Asl {
-  cpu::AslOptions o;
+  AslOptions o;
 
   template <typename T>
   AslParams<T> params() const {
-    return {T(o.clip), loss_side<T>(o.weight_pos, o.gamma_pos), loss_side<T>(o.weight_neg, o.gamma_neg)};
+    return asl_params<T>(o);
   }
 
   // Binary cross-entropy has a kernel of its own; gammas of 0 or 1 are otherwise served as powers up to 7.
@@ -61,7 +60,7 @@ struct Asl {
 
 }  // namespace
 
-void asymmetric_loss(const LossTask& task, const cpu::AslOptions& options, uintptr_t workspace, uintptr_t stream) {
+void asymmetric_loss(const LossTask& task, const AslOptions& options, uintptr_t workspace, uintptr_t stream) {
   elementwise_loss(task, Asl{options}, workspace, stream);
 }
 

@@ -12,15 +12,12 @@
 #include <stdexcept>
 #include <string>
 
-#include "../cpu/elementwise_loss.h"
 #include "elementwise_loss.h"
 #include "reduction.cuh"
 #include "vectors.cuh"
 
 namespace mlfast::cuda {
 namespace {
-
-using cpu::DType;
 
 template <typename T, typename Params>
 struct Task {
@@ -31,6 +28,7 @@ struct Task {
   void* grad;
   T* inv_known;
   Workspace* workspace;
+  SparseTarget positives;  // instead of the target, where there are row pointers
   int64_t n, classes;
   DType target_type;
   bool elementwise;
@@ -54,8 +52,9 @@ __device__ __forceinline__ void load_labels_of(T (&y)[V], const Task<T, Params>&
   }
 }
 
-// One-byte targets have kernels of their own. The other types share one and are told apart at run time, by branches
-// that all threads take alike, for eight times as many kernels would take eight times as long to compile and load.
+// One-byte and sparse targets have kernels of their own. The other types share one and are told apart at run time, by
+// branches that all threads take alike, for eight times as many kernels would take eight times as long to compile and
+// load.
 struct ByteTarget {
   template <int V, typename T, typename Params>
   static __device__ __forceinline__ void load_labels(T (&y)[V], const Task<T, Params>& task, int64_t begin) {
@@ -79,6 +78,34 @@ struct AnyTarget {
   }
 };
 
+// Each thread looks for the positives among its own labels, in the few indices of their rows. A set of bits, because
+// registers cannot be indexed.
+__device__ __forceinline__ unsigned int positives_among(const SparseTarget& target, int64_t begin, int64_t end) {
+  unsigned int bits = 0;
+  target.for_positives(begin, end, [&](int64_t j) { bits |= 1u << j; });
+  return bits;
+}
+
+// For double, whose formulas need the registers.
+__device__ __noinline__ unsigned int positives_call(const SparseTarget& target, int64_t begin, int64_t end) {
+  return positives_among(target, begin, end);
+}
+
+struct SparseLabels {
+  template <int V, typename T, typename Params>
+  static __device__ __forceinline__ void load_labels(T (&y)[V], const Task<T, Params>& task, int64_t begin) {
+    const int64_t end = begin + V < task.n ? begin + V : task.n;
+    unsigned int bits;
+    if constexpr (std::is_same_v<T, double>) {
+      bits = positives_call(task.positives, begin, end);
+    } else {
+      bits = positives_among(task.positives, begin, end);
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) y[j] = begin + j < end ? T(bits >> j & 1u) : T(-1);
+  }
+};
+
 template <typename T>
 __device__ __forceinline__ bool is_soft(T y) {
   return !(y <= T(0)) && y != T(1);  // NaN is soft: the soft formula lets it show
@@ -93,8 +120,10 @@ __device__ __noinline__ LossGrad<T> soft_call(T score, T y, const Params& params
 // ------------------------------------------------------------------------------------------------------------- kernel
 
 // The task is a __grid_constant__ so that a reference to its parameters can be passed on without a copy per thread.
+// For double the compiler may use as many registers as it likes: left to its own guess it spills.
 template <typename Score, typename Target, typename Formula, typename T, typename Params>
-__global__ void __launch_bounds__(kThreads) loss_kernel(const __grid_constant__ Task<T, Params> task) {
+__global__ void __launch_bounds__(kThreads, std::is_same_v<T, double> ? 1 : 0)
+    loss_kernel(const __grid_constant__ Task<T, Params> task) {
   constexpr int V = 16 / sizeof(Score);
   constexpr bool hard = !std::is_same_v<Formula, typename Formula::Soft>;
   constexpr bool may_be_soft = hard && std::is_same_v<Target, AnyTarget>;
@@ -190,6 +219,7 @@ void launch_scores(const LossTask& o, const Loss& loss, uintptr_t workspace, uin
                                                             o.grad,
                                                             static_cast<T*>(o.inv_known),
                                                             reinterpret_cast<Workspace*>(workspace),
+                                                            sparse_target(o),
                                                             o.rows * o.classes,
                                                             o.classes,
                                                             o.target_type,
@@ -197,13 +227,16 @@ void launch_scores(const LossTask& o, const Loss& loss, uintptr_t workspace, uin
                                                             static_cast<T>(o.label_smoothing),
                                                             params};
   const auto any = [&](auto formula) { launch_formula<Score, AnyTarget>(task, formula, stream); };
+  const auto byte = [&](auto formula) { launch_formula<Score, ByteTarget>(task, formula, stream); };
+  const auto sparse = [&](auto formula) { launch_formula<Score, SparseLabels>(task, formula, stream); };
   // Double is for gradcheck: the formula for soft labels holds for hard ones too.
   if constexpr (!std::is_same_v<T, double>) {
-    if (o.label_smoothing == 0 && o.target_type == DType::kInt8)
-      return loss.hard([&](auto formula) { launch_formula<Score, ByteTarget>(task, formula, stream); });
-    if (o.label_smoothing == 0) return loss.hard(any);
+    if (o.label_smoothing == 0) {
+      if (o.indptr) return loss.hard(sparse);
+      return o.target_type == DType::kInt8 ? loss.hard(byte) : loss.hard(any);
+    }
   }
-  loss.soft(any);
+  o.indptr ? loss.soft(sparse) : loss.soft(any);
 }
 
 template <typename Loss>

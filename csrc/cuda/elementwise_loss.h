@@ -11,11 +11,9 @@
 
 #include <cstdint>
 
-#include "../cpu/elementwise_loss.h"
+#include "../loss_task.h"
 
 namespace mlfast::cuda {
-
-using cpu::LossTask;
 
 // Bytes of device memory that a loss needs for its reduction, 16-byte aligned. They must be zero before the first
 // launch and belong to one stream; every launch leaves them fit for the next.

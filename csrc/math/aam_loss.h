@@ -12,11 +12,27 @@
 
 namespace mlfast {
 
+// The numbers as they come from Python; the weights contain k, 1 - k and the constant of the reduction.
+struct AamOptions {
+  double scale, margin, weight_pos, weight_neg, gamma_pos, gamma_neg, prob_shift;
+};
+
+// The same in the computing type.
 template <typename T>
 struct AamParams {
   T scale, inv_scale, margin, shift;
   LossSide<T> positive, negative;
 };
+
+template <typename T>
+AamParams<T> aam_params(const AamOptions& o) {
+  return {T(o.scale),
+          T(1 / o.scale),
+          T(o.margin),
+          T(o.prob_shift),
+          loss_side<T>(o.weight_pos, o.gamma_pos),
+          loss_side<T>(o.weight_neg, o.gamma_neg)};
+}
 
 // Each formula comes in two forms: of the cosine alone, and with its first sigmoid computed ahead, of these logits.
 template <typename T>
@@ -98,7 +114,7 @@ MLFAST_HD LossGrad<T> aam_soft(T cos, T y, const AamParams<T>& a, const math::Si
   const T terms_slope = a.positive.weight * y * u.complement + a.negative.weight * not_y * log_q_slope;
 
   // At y = 0 and y = 1 the base is one sigmoid, whose logarithm stays exact where the sigmoid itself underflows.
-  const T base = math::at_least(q * y + u.p * not_y, T(1e-37));
+  const T base = math::at_least(q * y + u.p * not_y, T(kLeastBase));
   T log_base = math::log_positive(base);
   T log_base_slope = (q * y * log_q_slope + u.p * not_y * u.complement) / base;
   log_base = y == T(0) ? u.log_p : log_base;

@@ -12,11 +12,23 @@
 
 namespace mlfast {
 
+// The numbers as they come from Python; the weights contain the constant of the reduction.
+struct AslOptions {
+  double weight_pos, weight_neg, gamma_pos, gamma_neg, clip;
+  bool detach_focus;
+};
+
+// The same in the computing type.
 template <typename T>
 struct AslParams {
   T clip;
   LossSide<T> positive, negative;
 };
+
+template <typename T>
+AslParams<T> asl_params(const AslOptions& o) {
+  return {T(o.clip), loss_side<T>(o.weight_pos, o.gamma_pos), loss_side<T>(o.weight_neg, o.gamma_neg)};
+}
 
 // Each formula comes in two forms: of the logit, and of its sigmoid; that of asl_hard is of the signed logit.
 template <bool Clipped, bool Detached, int F, typename T>
@@ -26,11 +38,12 @@ MLFAST_HD LossGrad<T> asl_hard(bool positive, const AslParams<T>& a, const math:
   T log_own = own.log_p, log_own_slope = own.complement;
   T base = own.complement, log_base = own.log_complement, log_base_slope = -own.p;
   if (Clipped) {  // negatives only: own.p is 1 - p there
-    const T raised = own.p + a.clip;
-    const bool open = raised < T(1);  // otherwise the negative is easy enough to have no loss and no gradient at all
-    const T q = math::at_most(raised, T(1));
-    const T variance = open ? own.p * own.complement : T(0);
-    const T clipped_base = math::at_least(own.complement - a.clip, T(1e-30));
+    const T unclipped = own.complement - a.clip;
+    const bool closed = unclipped <= T(kLeastBase);  // easy enough to have no loss and no gradient at all
+    const T clipped_base = closed ? T(kLeastBase) : unclipped;
+    const T raised = math::at_most(own.p + a.clip, T(1));
+    const T q = closed ? T(1) : raised;
+    const T variance = closed ? T(0) : own.p * own.complement;
     const T ratio = variance / (q * clipped_base);  // one division for variance / q and variance / clipped_base
     const T log_q = math::log_positive(q);
     log_own = positive ? log_own : log_q;
@@ -59,12 +72,14 @@ MLFAST_HD LossGrad<T> asl_soft(T y, const AslParams<T>& a, const math::Sigmoid<T
   const T variance = s.p * s.complement;
   T log_q = s.log_complement, log_q_slope = -s.p, base_neg = s.p, log_base_neg = s.log_p, base_neg_slope = variance;
   if (Clipped) {
-    const T raised = s.complement + a.clip;
-    const T q = math::at_most(raised, T(1));
-    base_neg_slope = raised < T(1) ? variance : T(0);
+    const T unclipped = s.p - a.clip;
+    const bool closed = unclipped <= T(kLeastBase);
+    base_neg = closed ? T(kLeastBase) : unclipped;
+    const T raised = math::at_most(s.complement + a.clip, T(1));
+    const T q = closed ? T(1) : raised;
+    base_neg_slope = closed ? T(0) : variance;
     log_q = math::log_positive(q);
     log_q_slope = -base_neg_slope / q;
-    base_neg = math::at_least(s.p - a.clip, T(1e-30));
     log_base_neg = math::log_positive(base_neg);
   }
   const T not_y = T(1) - y;
@@ -73,7 +88,7 @@ MLFAST_HD LossGrad<T> asl_soft(T y, const AslParams<T>& a, const math::Sigmoid<T
   const T terms_slope = a.positive.weight * y * s.complement + a.negative.weight * not_y * log_q_slope;
 
   // At y = 0 and y = 1 the base is one sigmoid, whose logarithm stays exact where the sigmoid itself underflows.
-  const T base = math::at_least(s.complement * y + base_neg * not_y, T(1e-37));
+  const T base = math::at_least(s.complement * y + base_neg * not_y, T(kLeastBase));
   T log_base = math::log_positive(base);
   T log_base_slope = (not_y * base_neg_slope - y * variance) / base;
   log_base = y == T(0) ? log_base_neg : log_base;

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mlfast.ops import aam_loss as aam
 from mlfast.ops import asymmetric_loss as asl
+from mlfast.sparse_targets import SparseTargets
 
 
 class AAMLoss(nn.Module):
@@ -25,7 +26,7 @@ class AAMLoss(nn.Module):
         reduction: "sum", "mean" (over known labels), "batchmean" or "none".
 
     Shape:
-        cos [..., K], target [..., K] -> a scalar, or [..., K] for ``reduction="none"``.
+        cos [..., K], target [..., K] or SparseTargets -> a scalar, or [..., K] for ``reduction="none"``.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class AAMLoss(nn.Module):
         shift = 0.05 if gamma_neg > 0 or gamma_pos > 0 else 0.0
         return cls(scale=scale, gamma_neg=gamma_neg, gamma_pos=gamma_pos, prob_shift=shift, **options)
 
-    def forward(self, cos: Tensor, target: Tensor) -> Tensor:
+    def forward(self, cos: Tensor, target: Tensor | SparseTargets) -> Tensor:
         """The loss; see :func:`mlfast.functional.aam_loss` for dtypes and errors."""
         return aam.aam_loss(
             cos,
@@ -98,7 +99,7 @@ class AsymmetricLoss(nn.Module):
         reduction: "sum", "mean" (over known labels), "batchmean" or "none".
 
     Shape:
-        logits [..., K], target [..., K] -> a scalar, or [..., K] for ``reduction="none"``.
+        logits [..., K], target [..., K] or SparseTargets -> a scalar, or [..., K] for ``reduction="none"``.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class AsymmetricLoss(nn.Module):
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", class_weight)
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor | SparseTargets) -> Tensor:
         """The loss; see :func:`mlfast.functional.asymmetric_loss` for dtypes and errors."""
         return asl.asymmetric_loss(
             logits,

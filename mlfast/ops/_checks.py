@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mlfast.ops._dtypes import CODES
+from mlfast.sparse_targets import SparseTargets
 
 REDUCTIONS = ("sum", "mean", "batchmean", "none")
 
@@ -27,11 +28,14 @@ def check_reduction(op: str, reduction: Any) -> None:
         raise ValueError(f"{op}: reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
 
 
-def check_tensors(op: str, name: str, scores: Tensor, target: Tensor, class_weight: Tensor | None) -> None:
+def check_tensors(
+    op: str, name: str, scores: Tensor, target: Tensor | SparseTargets, class_weight: Tensor | None
+) -> None:
     """Raises TypeError or ValueError unless the three fit together; ``name`` is what the op calls its scores."""
-    for argument, tensor in ((name, scores), ("target", target)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {argument} must be a tensor, got {type(tensor).__name__}")
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(scores).__name__}")
+    if not isinstance(target, (Tensor, SparseTargets)):
+        raise TypeError(f"{op}: target must be a tensor or mlfast.SparseTargets, got {type(target).__name__}")
     if scores.dtype not in CODES or not scores.is_floating_point():
         raise TypeError(f"{op}: {name} must be bfloat16, half, float32 or float64, got {scores.dtype}")
     if target.shape != scores.shape:
@@ -43,10 +47,11 @@ def check_tensors(op: str, name: str, scores: Tensor, target: Tensor, class_weig
         raise ValueError(f"{op}: {name} must have a dimension of classes, [..., K], got a scalar")
     if target.device != scores.device:
         raise ValueError(f"{op}: target must be on the device of {name}, {scores.device}, got {target.device}")
-    if target.dtype not in CODES:
-        raise TypeError(f"{op}: target must be bool, an integer or a float, got {target.dtype}")
-    if target.requires_grad:
-        raise ValueError(f"{op}: target must not require grad, there is no gradient by it; pass target.detach()")
+    if isinstance(target, Tensor):
+        if target.dtype not in CODES:
+            raise TypeError(f"{op}: target must be bool, an integer or a float, got {target.dtype}")
+        if target.requires_grad:
+            raise ValueError(f"{op}: target must not require grad, there is no gradient by it; pass target.detach()")
     if class_weight is not None:
         _check_class_weight(op, name, scores, class_weight)
 

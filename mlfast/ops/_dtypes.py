@@ -1,4 +1,4 @@
-"""Element types as they cross the boundary to the compiled kernels: the same list as csrc/cpu/dtype.h."""
+"""Element types as they cross the boundary to the compiled kernels: the same list as csrc/dtype.h."""
 
 import torch
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from mlfast.ops._checks import check_number, check_reduction, check_tensors
 from mlfast.ops._dtypes import computing_dtype
 from mlfast.ops.elementwise_loss import ElementwiseLoss, labels, register, weigh_and_reduce
+from mlfast.sparse_targets import SparseTargets
 
 
 class Options(NamedTuple):
@@ -93,7 +94,7 @@ LOSS = register(ElementwiseLoss("aam_loss", Options, SCHEMA, reference, kernel_n
 
 def aam_loss(
     cos: Tensor,
-    target: Tensor,
+    target: Tensor | SparseTargets,
     *,
     scale: float = 23.0,
     margin: float = 0.0,
@@ -120,7 +121,8 @@ def aam_loss(
     Args:
         cos: cosines [..., K], bfloat16, half, float32 or float64; values outside [-1, 1] (a bias was added) are legal.
         target: [..., K], the shape of ``cos``, any real dtype. Integers and bool: > 0 present, 0 absent, < 0 unknown
-            (in uint8: 255). Floats: in [0, 1], or < 0 for unknown. Unknown labels have no loss and no gradient.
+            (in uint8: 255). Floats: in [0, 1], or < 0 for unknown. Unknown labels have no loss and no gradient. Or
+            :class:`mlfast.SparseTargets`, the positives of [B, K], all other labels being absent.
         scale: s > 0, which multiplies the cosines.
         margin: m, subtracted from the cosine on the side of the label.
         k: weight of the positives, in [0, 1]; negatives get 1 - k.

@@ -16,6 +16,7 @@ from torch import Tensor
 from mlfast.ops._checks import check_number, check_reduction, check_tensors
 from mlfast.ops._dtypes import computing_dtype
 from mlfast.ops.elementwise_loss import ElementwiseLoss, labels, register, weigh_and_reduce
+from mlfast.sparse_targets import SparseTargets
 
 
 class Options(NamedTuple):
@@ -85,7 +86,7 @@ LOSS = register(ElementwiseLoss("asymmetric_loss", Options, SCHEMA, reference, k
 
 def asymmetric_loss(
     logits: Tensor,
-    target: Tensor,
+    target: Tensor | SparseTargets,
     *,
     gamma_neg: float = 4.0,
     gamma_pos: float = 0.0,
@@ -108,7 +109,8 @@ def asymmetric_loss(
     Args:
         logits: [..., K], bfloat16, half, float32 or float64.
         target: [..., K], the shape of ``logits``, any real dtype. Integers and bool: > 0 present, 0 absent, < 0 unknown
-            (in uint8: 255). Floats: in [0, 1], or < 0 for unknown. Unknown labels have no loss and no gradient.
+            (in uint8: 255). Floats: in [0, 1], or < 0 for unknown. Unknown labels have no loss and no gradient. Or
+            :class:`mlfast.SparseTargets`, the positives of [B, K], all other labels being absent.
         gamma_neg, gamma_pos: focusing exponents >= 0.
         clip: in [0, 1), added to the probability that a negative is absent: below ``p = clip`` it has no loss at all.
         detach_focus: whether the gradient does not flow through the focusing weight ("disable_torch_grad_focal_loss").

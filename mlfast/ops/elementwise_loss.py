@@ -2,6 +2,9 @@
 
 A loss supplies its reference and its kernels; see ``mlfast/ops/aam_loss.py``. Every loss takes scores [..., K] and
 targets of that shape, and reduces in one of four ways.
+
+Sparse targets travel as two tensors: ``target`` holds the classes of the positives [nnz], and ``indptr`` [B + 1], which
+is None for dense targets, where they begin for each row.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from mlfast.backends import _native, choose, is_exporting
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._second_derivative import without_second_derivative
 from mlfast.ops._workspace import workspace_for
+from mlfast.sparse_targets import SparseTargets
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,17 +43,23 @@ class ElementwiseLoss:
     reference: Callable[[Tensor, Tensor, Tensor | None, Any], Tensor]
     kernel_numbers: Callable[[Any, float], Any]
 
-    def __call__(self, scores: Tensor, target: Tensor, class_weight: Tensor | None, options: Any) -> Tensor:
+    def __call__(
+        self, scores: Tensor, target: Tensor | SparseTargets, class_weight: Tensor | None, options: Any
+    ) -> Tensor:
         """The loss on the backend of this device; the arguments have been checked."""
         backend = "reference" if is_exporting() else choose(scores.device)
         if backend == "reference":
-            return self.reference(scores, target, class_weight, options)
+            dense = target.to_dense() if isinstance(target, SparseTargets) else target
+            return self.reference(scores, dense, class_weight, options)
+        indptr = None
+        if isinstance(target, SparseTargets):
+            indptr, target = target.indptr, target.indices
         needs_grad = torch.is_grad_enabled() and scores.requires_grad
         if torch.compiler.is_compiling() or type(scores) is not Tensor:  # a subclass finds its way by the dispatcher
-            return getattr(torch.ops.mlfast, self.name)(scores, target, class_weight, *options, needs_grad)[0]
+            return getattr(torch.ops.mlfast, self.name)(scores, target, indptr, class_weight, *options, needs_grad)[0]
         if not needs_grad:
-            return launch(self, backend, scores, target, class_weight, options, False)[0]
-        return ElementwiseLossFunction.apply(scores, target, class_weight, self, options, backend)
+            return launch(self, backend, scores, target, indptr, class_weight, options, False)[0]
+        return ElementwiseLossFunction.apply(scores, target, indptr, class_weight, self, options, backend)
 
 
 # ---------------------------------------------------------------------------------------- what the references share
@@ -95,6 +105,7 @@ def launch(
     backend: str,
     scores: Tensor,
     target: Tensor,
+    indptr: Tensor | None,
     class_weight: Tensor | None,
     options: Any,
     needs_grad: bool,
@@ -116,13 +127,14 @@ def launch(
             inv_known.fill_(1)
     else:
         numbers = kernel_numbers(op, options, scores.shape[0])
-        LAUNCH[backend](op.name, scores, target, class_weight, loss, grad, inv_known, numbers)
+        LAUNCH[backend](op.name, scores, target, indptr, class_weight, loss, grad, inv_known, numbers)
     return loss, grad, inv_known
 
 
 def _arguments(
     scores: Tensor,
     target: Tensor,
+    indptr: Tensor | None,
     class_weight: Tensor | None,
     loss: Tensor,
     grad: Tensor | None,
@@ -136,6 +148,7 @@ def _arguments(
         CODES[scores.dtype],
         target.data_ptr(),
         CODES[target.dtype],
+        0 if indptr is None else indptr.data_ptr(),
         0 if class_weight is None else class_weight.data_ptr(),
         loss.data_ptr(),
         0 if grad is None else grad.data_ptr(),
@@ -198,14 +211,15 @@ class ElementwiseLossFunction(torch.autograd.Function):
         ctx: Any,
         scores: Tensor,
         target: Tensor,
+        indptr: Tensor | None,
         class_weight: Tensor | None,
         op: ElementwiseLoss,
         options: Any,
         backend: str,
     ) -> Tensor:
-        """The loss of ``scores`` [..., K] and ``target`` [..., K]."""
-        loss, grad, inv_known = launch(op, backend, scores, target, class_weight, options, True)
-        ctx.save_for_backward(scores, target, class_weight)
+        """The loss of ``scores`` [..., K] and ``target`` [..., K], or sparse."""
+        loss, grad, inv_known = launch(op, backend, scores, target, indptr, class_weight, options, True)
+        ctx.save_for_backward(scores, target, indptr, class_weight)
         ctx.unscaled = grad, inv_known
         ctx.call = op, backend, options
         return loss
@@ -216,12 +230,12 @@ class ElementwiseLossFunction(torch.autograd.Function):
         op, backend, options = ctx.call
         unscaled, ctx.unscaled = ctx.unscaled, None
         if unscaled is None:  # a second backward through a retained graph: the first one gave the buffer away
-            scores, target, class_weight = ctx.saved_tensors
-            unscaled = launch(op, backend, scores, target, class_weight, options, True)[1:]
+            scores, target, indptr, class_weight = ctx.saved_tensors
+            unscaled = launch(op, backend, scores, target, indptr, class_weight, options, True)[1:]
         grad = finish_grad(backend, unscaled[0], grad_loss, unscaled[1])
         if torch.is_grad_enabled():  # create_graph=True
             grad = without_second_derivative(grad)
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile
@@ -235,16 +249,18 @@ def register(op: ElementwiseLoss) -> ElementwiseLoss:
     name = f"mlfast::{op.name}"
     torch.library.define(
         name,
-        f"(Tensor scores, Tensor target, Tensor? class_weight, {op.schema}, str reduction, bool needs_grad) "
-        "-> (Tensor loss, Tensor grad, Tensor inv_known)",
+        f"(Tensor scores, Tensor target, Tensor? indptr, Tensor? class_weight, {op.schema}, str reduction, "
+        "bool needs_grad) -> (Tensor loss, Tensor grad, Tensor inv_known)",
     )
 
     def run(
-        scores: Tensor, target: Tensor, class_weight: Tensor | None, *numbers: Any
+        scores: Tensor, target: Tensor, indptr: Tensor | None, class_weight: Tensor | None, *numbers: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         *values, needs_grad = numbers
-        backend = choose(scores.device)
-        loss, grad, inv_known = launch(op, backend, scores, target, class_weight, op.options(*values), needs_grad)
+        options = op.options(*values)
+        loss, grad, inv_known = launch(
+            op, choose(scores.device), scores, target, indptr, class_weight, options, needs_grad
+        )
         return (
             loss,
             scores.new_empty(0) if grad is None else grad,
@@ -257,8 +273,8 @@ def register(op: ElementwiseLoss) -> ElementwiseLoss:
     return op
 
 
-def _fake(scores: Tensor, target: Tensor, class_weight: Tensor | None, *numbers: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, reduction, needs_grad = numbers
+def _fake(scores: Tensor, target: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, reduction, needs_grad = others
     dtype = computing_dtype(scores.dtype)
     loss = scores.new_empty(scores.shape if reduction == "none" else (), dtype=dtype)
     grad = torch.empty_like(scores, memory_format=torch.contiguous_format) if needs_grad else scores.new_empty(0)

@@ -27,11 +27,11 @@ void shim_order(unsigned int order) { shim::order = order; }
 void shim_fail_next_launch() { shim::fail_next_launch = true; }
 
 // The numbers o are the loss's KernelNumbers, in their order.
-const char* shim_aam_loss(const mlfast::cpu::LossTask* task, const double* o, uintptr_t workspace) {
+const char* shim_aam_loss(const mlfast::LossTask* task, const double* o, uintptr_t workspace) {
   return error_of([&] { mlfast::cuda::aam_loss(*task, {o[0], o[1], o[2], o[3], o[4], o[5], o[6]}, workspace, 0); });
 }
 
-const char* shim_asymmetric_loss(const mlfast::cpu::LossTask* task, const double* o, uintptr_t workspace) {
+const char* shim_asymmetric_loss(const mlfast::LossTask* task, const double* o, uintptr_t workspace) {
   return error_of(
       [&] { mlfast::cuda::asymmetric_loss(*task, {o[0], o[1], o[2], o[3], o[4], o[6] != 0}, workspace, 0); });
 }

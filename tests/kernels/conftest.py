@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from mlfast import SparseTargets
 from mlfast.ops import aam_loss, asymmetric_loss
 
 GUARD = 64  # elements on either side of every output
@@ -148,17 +149,24 @@ def assert_close(actual: Tensor, truth: Tensor, eager: Tensor, stored: torch.dty
     assert (error <= bound).all(), f"error {error.max()}, plain PyTorch has {(eager.double() - truth).abs().max()}"
 
 
-def judge(run, case, scores, target, numbers, class_weight=None, mean=False, grad=True, offset=0, ulps=0.5):
+def judge(
+    run, case, scores, target, numbers, class_weight=None, mean=False, grad=True, offset=0, ulps=0.5, sparse=None
+):
     """Runs a kernel on guarded, poisoned outputs, compares all it wrote with float64, and returns it.
 
-    ``run(case, scores, target, class_weight, loss, grad, inv_known, numbers)`` runs the kernel of the loss ``case``.
+    ``run(case, scores, target, indptr, class_weight, loss, grad, inv_known, numbers)`` runs the kernel of the loss
+    ``case``. Where ``sparse`` names a type of indices, the kernel gets the positives of the target as CSR.
     """
     computing = torch.float64 if scores.dtype == torch.float64 else torch.float32
     loss, loss_buffer = guarded(scores.shape if numbers.elementwise else (), computing, offset)
     slope, slope_buffer = guarded(scores.shape, scores.dtype, offset) if grad else (None, None)
     inv_known, inv_buffer = guarded((), computing) if mean else (None, None)
     class_weight = None if class_weight is None else class_weight.to(computing)
-    run(case, scores, target, class_weight, loss, slope, inv_known, numbers)
+    labels, indptr = target, None
+    if sparse is not None:
+        csr = SparseTargets.from_dense(target)
+        labels, indptr = csr.indices.to(sparse), csr.indptr
+    run(case, scores, labels, indptr, class_weight, loss, slope, inv_known, numbers)
 
     truth, truth_grad = loss_and_grad(case, scores, target, class_weight, numbers, torch.float64)
     eager, eager_grad = loss_and_grad(case, scores, target, class_weight, numbers, computing)
@@ -175,6 +183,14 @@ def judge(run, case, scores, target, numbers, class_weight=None, mean=False, gra
         assert_guards(slope_buffer, slope.numel(), offset)
         assert_close(slope, truth_grad, eager_grad, scores.dtype, ulps)
     return loss, slope, inv_known
+
+
+def sparse_problem(case, rows, classes, dtype, share=0.1):
+    """Random scores and labels, all known: rows without and with all positives are among them."""
+    scores, _ = random_problem(case, rows, classes, dtype, torch.int8)
+    target = (torch.rand(rows, classes, generator=torch.Generator().manual_seed(classes)) < share).to(torch.int8)
+    target[rows // 2], target[rows // 3] = 0, 1
+    return scores, target
 
 
 def random_problem(case, rows, classes, dtype, target_dtype, soft=False):
@@ -216,6 +232,11 @@ def variant(request):
 @pytest.fixture(name="judge")
 def judge_fixture():
     return judge
+
+
+@pytest.fixture(name="sparse_problem")
+def sparse_problem_fixture():
+    return sparse_problem
 
 
 @pytest.fixture(name="random_problem")

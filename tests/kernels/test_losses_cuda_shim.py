@@ -21,7 +21,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class LossTask(ctypes.Structure):
-    """mlfast::cpu::LossTask."""
+    """mlfast::LossTask."""
 
     _fields_ = (
         ("rows", ctypes.c_int64),
@@ -30,6 +30,7 @@ class LossTask(ctypes.Structure):
         ("scores_type", ctypes.c_int),
         ("target", ctypes.c_void_p),
         ("target_type", ctypes.c_int),
+        ("indptr", ctypes.c_void_p),
         ("class_weight", ctypes.c_void_p),
         ("label_smoothing", ctypes.c_double),
         ("loss", ctypes.c_void_p),
@@ -69,7 +70,7 @@ def address(tensor):
 def run(library, workspace):
     """Launches the kernel; the ticket must be back at 0 after it."""
 
-    def launch(case, scores, target, class_weight, loss, grad, inv_known, numbers):
+    def launch(case, scores, target, indptr, class_weight, loss, grad, inv_known, numbers):
         classes = scores.shape[-1]
         task = LossTask(
             scores.numel() // classes,
@@ -78,6 +79,7 @@ def run(library, workspace):
             CODES[scores.dtype],
             target.data_ptr(),
             CODES[target.dtype],
+            None if indptr is None else indptr.data_ptr(),
             None if class_weight is None else class_weight.data_ptr(),
             numbers.label_smoothing,
             loss.data_ptr(),
@@ -130,6 +132,17 @@ def test_misaligned_tensors(run, judge, random_problem, one_loss, offset, dtype,
     judge(run, one_loss, scores, target, one_loss.numbers(), offset=16)
 
 
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("rows", "classes"), [(1, 1), (37, 3), (41, 125), (3, 2731)])
+def test_sparse_targets(run, judge, sparse_problem, loss, rows, classes, dtype, index_dtype):
+    scores, target = sparse_problem(loss, rows, classes, dtype)
+    weight = torch.rand(classes) + 0.5
+    for numbers in (loss.numbers(), loss.numbers(label_smoothing=0.1), loss.numbers(gamma_pos=0.5, elementwise=True)):
+        mean = not numbers.elementwise
+        judge(run, loss, scores, target, numbers, class_weight=weight, mean=mean, sparse=index_dtype)
+
+
 def test_more_elements_than_the_grid_covers_at_once(run, judge, random_problem, one_loss):
     # 1103 tiles for at most 1024 blocks
     scores, target = random_problem(one_loss, 1100, 256 * 4 + 3, torch.float32, torch.int8)
@@ -155,7 +168,7 @@ def test_all_unknown_and_no_elements(run, one_loss, target_dtype):
     for rows in (2, 0):
         scores, target = torch.rand(rows, 600), torch.full((rows, 600), -1, dtype=target_dtype)
         value, grad, inv_known = torch.empty(()), torch.empty_like(scores), torch.empty(())
-        run(one_loss, scores, target, None, value, grad, inv_known, one_loss.numbers())
+        run(one_loss, scores, target, None, None, value, grad, inv_known, one_loss.numbers())
         assert value == 0
         assert inv_known == 1
         assert (grad == 0).all()
@@ -186,6 +199,6 @@ def test_errors_become_exceptions(library, run, loss):
     scores, target, value = torch.rand(1, 4), torch.ones(1, 4, dtype=torch.int8), torch.empty(())
     library.shim_fail_next_launch()
     with pytest.raises(RuntimeError, match="CUDA launch failed"):
-        run(loss, scores, target, None, value, None, None, loss.numbers())
+        run(loss, scores, target, None, None, value, None, None, loss.numbers())
     with pytest.raises(RuntimeError, match="floating point"):
-        run(loss, target, target, None, value, None, None, loss.numbers())
+        run(loss, target, target, None, None, value, None, None, loss.numbers())

@@ -85,6 +85,16 @@ def test_sizes(run, judge, random_problem, one_loss, rows, classes, elementwise)
     judge(run, one_loss, scores, target, numbers, class_weight=torch.rand(classes), mean=not elementwise)
 
 
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("rows", "classes"), [(1, 1), (37, 3), (5, 512), (3, 701)])
+def test_sparse_targets(run, judge, sparse_problem, loss, rows, classes, index_dtype):
+    scores, target = sparse_problem(loss, rows, classes, torch.float32)
+    weight = torch.rand(classes) + 0.5
+    for numbers in (loss.numbers(), loss.numbers(label_smoothing=0.1), loss.numbers(gamma_pos=0.5, elementwise=True)):
+        mean = not numbers.elementwise
+        judge(run, loss, scores, target, numbers, class_weight=weight, mean=mean, sparse=index_dtype)
+
+
 @pytest.mark.parametrize("elementwise", [False, True])
 def test_loss_is_the_same_without_grad(run, judge, random_problem, loss, elementwise):
     scores, target = random_problem(loss, 7, 601, torch.float32, torch.int8)
@@ -109,7 +119,7 @@ def test_extreme_scores_stay_finite(run, variant, dtype):
     value = torch.empty(scores.shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     grad = torch.empty_like(scores)
     for targets in (target, (target > 0).to(torch.int8)):
-        run(loss, scores, targets, None, value, grad, None, numbers._replace(elementwise=True, **loss.steep))
+        run(loss, scores, targets, None, None, value, grad, None, numbers._replace(elementwise=True, **loss.steep))
         assert value.isfinite().all()
         assert grad.isfinite().all()
         assert (value >= 0).all()
@@ -120,21 +130,31 @@ def test_nan_scores_show_unless_unknown(run, variant, target_dtype):
     loss, numbers = variant
     scores, target = torch.full((3,), float("nan")), torch.tensor([0, 1, -1]).to(target_dtype)
     value, grad = torch.zeros(3), torch.zeros(3)
-    run(loss, scores, target, None, value, grad, None, numbers._replace(elementwise=True))
+    run(loss, scores, target, None, None, value, grad, None, numbers._replace(elementwise=True))
     assert value.isnan().tolist() == [True, True, False]
     assert grad.isnan().tolist() == [True, True, False]
 
 
 def test_nan_targets_show(run, loss):
     value, grad = torch.zeros(3), torch.zeros(3)
-    run(loss, torch.zeros(3), torch.full((3,), float("nan")), None, value, grad, None, loss.numbers(elementwise=True))
+    run(
+        loss,
+        torch.zeros(3),
+        torch.full((3,), float("nan")),
+        None,
+        None,
+        value,
+        grad,
+        None,
+        loss.numbers(elementwise=True),
+    )
     assert value.isnan().all()
 
 
 def test_closed_negatives_are_exactly_zero(run, loss):
     scores, target = torch.full((5,), -0.9 * loss.spread), torch.zeros(5, dtype=torch.int8)
     value, grad = torch.empty(5), torch.empty(5)
-    run(loss, scores, target, None, value, grad, None, loss.numbers(elementwise=True, **loss.closing))
+    run(loss, scores, target, None, None, value, grad, None, loss.numbers(elementwise=True, **loss.closing))
     assert (value == 0).all()
     assert (grad == 0).all()
 
@@ -142,7 +162,7 @@ def test_closed_negatives_are_exactly_zero(run, loss):
 def test_all_unknown(run, one_loss):
     scores, target = torch.rand(2, 600), torch.full((2, 600), -1, dtype=torch.int8)
     value, grad, inv_known = torch.empty(()), torch.empty_like(scores), torch.empty(())
-    run(one_loss, scores, target, None, value, grad, inv_known, one_loss.numbers())
+    run(one_loss, scores, target, None, None, value, grad, inv_known, one_loss.numbers())
     assert value == 0
     assert inv_known == 1
     assert (grad == 0).all()

@@ -126,7 +126,7 @@ def test_opcheck(backend, cos, target):
         pytest.skip("has no custom op")
     for reduction in ("mean", "none"):
         numbers = Options(23.0, 0.1, 0.7, 1.0, 0.0, 0.05, 0.0, reduction)
-        torch.library.opcheck(torch.ops.mlfast.aam_loss, (cos.detach(), target, None, *numbers, True))
+        torch.library.opcheck(torch.ops.mlfast.aam_loss, (cos.detach(), target, None, None, *numbers, True))
 
 
 def test_no_exporter_meets_a_custom_op():

@@ -130,7 +130,7 @@ def test_compile_whole_and_opcheck(backend, device):
         pytest.skip("has no custom op")
     scores, target = example(6, 20, torch.float32, "hard", device)
     numbers = Options(4.0, 0.0, 0.05, 0.0, False, "sum")
-    torch.library.opcheck(torch.ops.mlfast.asymmetric_loss, (scores, target, None, *numbers, True))
+    torch.library.opcheck(torch.ops.mlfast.asymmetric_loss, (scores, target, None, None, *numbers, True))
     compiled = torch.compile(asymmetric_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     expected = loss_and_grad(scores, target)
     torch.testing.assert_close(evaluate(compiled, scores, target), expected)

@@ -1,0 +1,108 @@
+"""group_linear as cosines against eager PyTorch and torch.compile, forward (no gradient) and training.
+
+``eager loop`` is the group fully-connected layer of ML-Decoder as the released codes write it: a product per group, in
+a slice of the output. ``eager bmm`` is the fastest form in plain PyTorch that we know: one batched product of the
+normalised tensors. Of the two, the latter is also compiled; the compiled loop, hundreds of products, is left out.
+"""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bench.race import number_of_sets, race
+from mlfast.functional import group_linear
+
+SIZES = {  # batch, groups, features, slots, classes
+    "COCO 56 x 80": (56, 80, 768, 1, 80),
+    "601 labels 84 x 601": (84, 100, 768, 7, 601),
+    "700 labels 84 x 700": (84, 100, 768, 7, 700),
+    "9605 labels 32 x 9605": (32, 100, 768, 97, 9605),
+}
+QUICK = "COCO 56 x 80"
+
+
+def fused(x, weight, classes):
+    return group_linear(x, weight, num_classes=classes, cosine=True)
+
+
+def plain_loop(x, weight, classes):
+    out = x.new_zeros(x.shape[0], weight.shape[0], weight.shape[2])
+    for i in range(weight.shape[0]):
+        out[:, i, :] = F.normalize(x[:, i, :], dim=1) @ F.normalize(weight[i], dim=0)
+    return out.flatten(1)[:, :classes]
+
+
+def plain_bmm(x, weight, classes):
+    cosines = torch.bmm(F.normalize(x, dim=2).transpose(0, 1), F.normalize(weight, dim=1))
+    return cosines.transpose(0, 1).flatten(1)[:, :classes]
+
+
+def contestants():
+    torch._dynamo.reset()
+    return {
+        "mlfast": fused,
+        "eager bmm": plain_bmm,
+        "compile bmm": torch.compile(plain_bmm),
+        "eager loop": plain_loop,
+    }
+
+
+def training(layer):
+    def step(x, weight, incoming):
+        x.grad = weight.grad = None
+        layer(x, weight, incoming.shape[1]).backward(incoming)
+
+    return step
+
+
+def forward(layer):
+    def step(x, weight, incoming):
+        with torch.no_grad():
+            layer(x, weight, incoming.shape[1])
+
+    return step
+
+
+def make_inputs(size, device):
+    batch, groups, features, slots, classes = size
+    sets = []
+    for seed in range(number_of_sets((batch + slots) * groups * features * 4)):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(batch, groups, features, generator=g).to(device).requires_grad_()
+        weight = torch.randn(groups, features, slots, generator=g).to(device).requires_grad_()
+        sets.append((x, weight, torch.rand(batch, classes, generator=g).to(device)))
+    return sets
+
+
+def assert_same_results(layers, x, weight, incoming):
+    leaves, classes = (x, weight), incoming.shape[1]
+    expected = torch.autograd.grad(plain_bmm(x.double(), weight.double(), classes), leaves, incoming.double())
+    for layer in layers.values():
+        got = torch.autograd.grad(layer(*leaves, classes), leaves, incoming)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [training, forward])
+@pytest.mark.parametrize("size", SIZES)
+def bench_group_linear(benchmark, record, device, bandwidth, quick, size, mode):
+    if quick and size != QUICK:
+        pytest.skip("left out of --quick")
+    batch, groups, features, slots, classes = SIZES[size]
+    inputs, layers = make_inputs(SIZES[size], device), contestants()
+    assert_same_results(layers, *inputs[0])
+    steps = {name: mode(layer) for name, layer in layers.items()}
+    medians = race(benchmark, steps, inputs, "mlfast", 5 if quick else 7)
+    # x and the weights are read once forward; backward reads them once more and writes the gradients.
+    elements = (batch * groups * features + groups * features * slots, batch * classes)
+    moved = 4 * (3 * elements[0] + 3 * elements[1] if mode is training else sum(elements))
+    products = batch * classes * features * (3 if mode is training else 1)
+    record(
+        op="group_linear",
+        case=f"{size} {mode.__name__}",
+        size=size,
+        mode=mode.__name__,
+        bytes=moved,
+        median_us={name: round(value * 1e6, 1) for name, value in medians.items()},
+        gflops=round(2 * products / medians["mlfast"] / 1e9, 1),
+        percent_of_copy_bandwidth=round(100 * moved / medians["mlfast"] / bandwidth, 1),
+    )

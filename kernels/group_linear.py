@@ -1,0 +1,284 @@
+"""Triton kernels of group_linear: products and lengths in one pass forward, products and rank-1 corrections backward.
+
+docs/group_linear.md derives the formulas. No allocation, autograd or autotuning. Arithmetic is float32, or float64 if x
+or weight is. Results are bit-equal from run to run: the order of every addition depends on the shape alone.
+
+One slot per group makes sums of rows; more make `tl.dot`, with slots padded to 16. Where x and weight both have 16 bits
+the dot is TF32: their values are exact in it, and rounding those of the incoming gradient costs less than rounding the
+result. Otherwise it is exact float32, unless torch.backends.cuda.matmul.allow_tf32 allows less.
+These kernels run under Triton's interpreter (TRITON_INTERPRET=1) and compile for sm_80, sm_90 and sm_100; they were not
+tested on a GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+NUM_WARPS = 4
+SMALLEST_LENGTH = tl.constexpr(1e-12)  # shorter vectors count as this long, as in torch.nn.functional.normalize
+
+
+@triton.jit
+def _inverse_length(square):
+    length = tl.sqrt(square)
+    return 1.0 / tl.where(length < SMALLEST_LENGTH, SMALLEST_LENGTH, length)  # a NaN stays one
+
+
+@triton.jit
+def _square_unless_clamped(inverse):
+    """What the derivative of 1 / length is multiplied by: 0 where the length was clamped, and so constant."""
+    return tl.where(inverse * SMALLEST_LENGTH < 0.9999999, inverse * inverse, 0.0)
+
+
+@triton.jit
+def _product(a, b, T: tl.constexpr, PRECISION: tl.constexpr):
+    """The matrix product a @ b of blocks in the computing type."""
+    if b.shape[1] == 1:  # a column, and below a row: tl.dot wants 16 of each
+        product = tl.sum(a * tl.trans(b), axis=1)[:, None]
+    elif a.shape[1] == 1:
+        product = a * b
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION, out_dtype=T)
+    return product
+
+
+@triton.jit
+def _factors(
+    grad_out, cosines, inv_x, inv_weight, group, row, slot, batch, groups, slots, classes,
+    T: tl.constexpr, COSINE: tl.constexpr,
+):  # fmt: skip
+    """The derivative by the products <x, w> of a block [rows, slots], and its product with the cosines."""
+    label = group * slots + slot
+    inside = (row < batch)[:, None] & ((slot < slots) & (label < classes))[None, :]
+    at = row[:, None] * classes + label[None, :]
+    factor = tl.load(grad_out + at, mask=inside, other=0.0).to(T)
+    along = factor
+    if COSINE:
+        along *= tl.load(cosines + at, mask=inside, other=0.0)
+        factor *= tl.load(inv_x + row * groups + group, mask=row < batch, other=0.0)[:, None]
+        factor *= tl.load(inv_weight + group * slots + slot, mask=slot < slots, other=0.0)[None, :]
+    return factor, along
+
+
+@triton.jit(do_not_specialize=["batch", "groups", "features", "slots", "classes"])
+def group_linear_kernel(
+    x, weight, bias, out, cosines, inv_x, inv_weight,
+    batch: tl.int32, groups: tl.int32, features: tl.int32, slots: tl.int32, classes: tl.int32,
+    x_batch_stride: tl.int64, x_group_stride: tl.int64,
+    COSINE: tl.constexpr, DOUBLE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
+):  # fmt: skip
+    """Products or cosines; a program has BLOCK_ROWS images and BLOCK_SLOTS slots of one group.
+
+    Args:
+        x: Pointer to [batch, groups, features] with these strides, in elements; any float type.
+        weight: Pointer to [groups, features, slots], any float type.
+        bias: Pointer to [classes] in the computing type, or None.
+        out: Pointer to [batch, classes]: receives the result, any float type.
+        cosines: Pointer to [batch, classes] in the computing type: receives the result without the bias; or None.
+        inv_x, inv_weight: Pointers to [batch, groups] and [groups, slots] in the computing type: receive 1 / length.
+            Only if COSINE.
+        batch, groups, features, slots, classes: Sizes.
+        x_batch_stride, x_group_stride: Strides.
+        COSINE: Whether products are divided by lengths.
+        DOUBLE: Whether the computing type is float64.
+        PRECISION: Of tl.dot.
+        BLOCK_ROWS, BLOCK_SLOTS, BLOCK_FEATURES: The tile.
+    """
+    T: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    row_blocks, slot_blocks = tl.cdiv(batch, BLOCK_ROWS), tl.cdiv(slots, BLOCK_SLOTS)
+    row_block = tl.program_id(0) % row_blocks
+    slot_block = tl.program_id(0) // row_blocks % slot_blocks
+    group = (tl.program_id(0) // row_blocks // slot_blocks).to(tl.int64)
+    row = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    slot = slot_block * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
+    product = tl.zeros((BLOCK_ROWS, BLOCK_SLOTS), T)
+    square_x = tl.zeros((BLOCK_ROWS,), T)
+    square_weight = tl.zeros((BLOCK_SLOTS,), T)
+    for start in range(0, features, BLOCK_FEATURES):
+        d = start + tl.arange(0, BLOCK_FEATURES)
+        at = x + (row * x_batch_stride + group * x_group_stride)[:, None] + d[None, :]
+        a = tl.load(at, mask=(row < batch)[:, None] & (d < features)[None, :], other=0.0).to(T)
+        at = weight + (group * features + d)[:, None] * slots + slot[None, :]
+        w = tl.load(at, mask=(d < features)[:, None] & (slot < slots)[None, :], other=0.0).to(T)
+        product += _product(a, w, T, PRECISION)
+        if COSINE:
+            square_x += tl.sum(a * a, axis=1)
+            square_weight += tl.sum(w * w, axis=0)
+    if COSINE:
+        inverse_x, inverse_weight = _inverse_length(square_x), _inverse_length(square_weight)
+        product *= inverse_x[:, None] * inverse_weight[None, :]
+        tl.store(inv_x + row * groups + group, inverse_x, mask=(row < batch) & (slot_block == 0))
+        tl.store(inv_weight + group * slots + slot, inverse_weight, mask=(slot < slots) & (row_block == 0))
+    label = group * slots + slot
+    known = (slot < slots) & (label < classes)
+    inside = (row < batch)[:, None] & known[None, :]
+    at = row[:, None] * classes + label[None, :]
+    if cosines is not None:
+        tl.store(cosines + at, product, mask=inside)
+    if bias is not None:
+        product += tl.load(bias + label, mask=known, other=0.0)[None, :]
+    tl.store(out + at, product.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["batch", "groups", "features", "slots", "classes"])
+def grad_x_kernel(
+    grad_out, x, weight, cosines, inv_x, inv_weight, grad_x,
+    batch: tl.int32, groups: tl.int32, features: tl.int32, slots: tl.int32, classes: tl.int32,
+    x_batch_stride: tl.int64, x_group_stride: tl.int64, grad_batch_stride: tl.int64, grad_group_stride: tl.int64,
+    COSINE: tl.constexpr, DOUBLE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
+):  # fmt: skip
+    """factors @ weight^T - shrink * x; a program has BLOCK_ROWS images and BLOCK_FEATURES features of one group.
+
+    Args:
+        grad_out: Pointer to [batch, classes], any float type.
+        x, weight, cosines, inv_x, inv_weight: As in group_linear_kernel; the latter three only if COSINE.
+        grad_x: Pointer to the result, of the shape of x with strides of its own, any float type.
+        batch, groups, features, slots, classes: Sizes.
+        x_batch_stride, x_group_stride, grad_batch_stride, grad_group_stride: Strides.
+        COSINE, DOUBLE, PRECISION, BLOCK_ROWS, BLOCK_SLOTS, BLOCK_FEATURES: As in group_linear_kernel.
+    """
+    T: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    row_blocks, blocks = tl.cdiv(batch, BLOCK_ROWS), tl.cdiv(features, BLOCK_FEATURES)
+    group = (tl.program_id(0) // blocks // row_blocks).to(tl.int64)
+    row = (tl.program_id(0) // blocks % row_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d = tl.program_id(0) % blocks * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    grad = tl.zeros((BLOCK_ROWS, BLOCK_FEATURES), T)
+    along_x = tl.zeros((BLOCK_ROWS,), T)
+    for start in range(0, slots, BLOCK_SLOTS):
+        slot = start + tl.arange(0, BLOCK_SLOTS)
+        factor, along = _factors(
+            grad_out, cosines, inv_x, inv_weight, group, row, slot, batch, groups, slots, classes, T, COSINE
+        )
+        at = weight + (group * features + d)[None, :] * slots + slot[:, None]
+        w = tl.load(at, mask=(slot < slots)[:, None] & (d < features)[None, :], other=0.0).to(T)
+        grad += _product(factor, w, T, PRECISION)
+        along_x += tl.sum(along, axis=1)
+    inside = (row < batch)[:, None] & (d < features)[None, :]
+    if COSINE:
+        inverse = tl.load(inv_x + row * groups + group, mask=row < batch, other=0.0)
+        at = x + (row * x_batch_stride + group * x_group_stride)[:, None] + d[None, :]
+        shrink = along_x * _square_unless_clamped(inverse)
+        grad -= shrink[:, None] * tl.load(at, mask=inside, other=0.0).to(T)
+    at = grad_x + (row * grad_batch_stride + group * grad_group_stride)[:, None] + d[None, :]
+    tl.store(at, grad.to(grad_x.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["batch", "groups", "features", "slots", "classes"])
+def grad_weight_kernel(
+    grad_out, x, weight, cosines, inv_x, inv_weight, grad_weight,
+    batch: tl.int32, groups: tl.int32, features: tl.int32, slots: tl.int32, classes: tl.int32,
+    x_batch_stride: tl.int64, x_group_stride: tl.int64,
+    COSINE: tl.constexpr, DOUBLE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
+):  # fmt: skip
+    """x^T @ factors - shrink * weight; a program has BLOCK_FEATURES features and BLOCK_SLOTS slots of one group.
+
+    Args:
+        grad_out, x, weight, cosines, inv_x, inv_weight: As in grad_x_kernel.
+        grad_weight: Pointer to the result, of the shape of weight, any float type.
+        batch, groups, features, slots, classes: Sizes.
+        x_batch_stride, x_group_stride: Strides.
+        COSINE, DOUBLE, PRECISION, BLOCK_ROWS, BLOCK_SLOTS, BLOCK_FEATURES: As in group_linear_kernel.
+    """
+    T: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    slot_blocks, blocks = tl.cdiv(slots, BLOCK_SLOTS), tl.cdiv(features, BLOCK_FEATURES)
+    group = (tl.program_id(0) // blocks // slot_blocks).to(tl.int64)
+    slot = tl.program_id(0) // blocks % slot_blocks * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
+    d = tl.program_id(0) % blocks * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    grad = tl.zeros((BLOCK_FEATURES, BLOCK_SLOTS), T)
+    along_weight = tl.zeros((BLOCK_SLOTS,), T)
+    for start in range(0, batch, BLOCK_ROWS):
+        row = (start + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        factor, along = _factors(
+            grad_out, cosines, inv_x, inv_weight, group, row, slot, batch, groups, slots, classes, T, COSINE
+        )
+        at = x + (row * x_batch_stride + group * x_group_stride)[None, :] + d[:, None]
+        a = tl.load(at, mask=(d < features)[:, None] & (row < batch)[None, :], other=0.0).to(T)
+        grad += _product(a, factor, T, PRECISION)
+        along_weight += tl.sum(along, axis=0)
+    inside = (d < features)[:, None] & (slot < slots)[None, :]
+    at = (group * features + d)[:, None] * slots + slot[None, :]
+    if COSINE:
+        inverse = tl.load(inv_weight + group * slots + slot, mask=slot < slots, other=0.0)
+        shrink = along_weight * _square_unless_clamped(inverse)
+        grad -= shrink[None, :] * tl.load(weight + at, mask=inside, other=0.0).to(T)
+    tl.store(grad_weight + at, grad.to(grad_weight.dtype.element_ty), mask=inside)
+
+
+Sizes = tuple[int, int, int, int, int, bool]  # batch, groups, features, slots, classes, cosine
+
+
+def options(sizes: Sizes, x: torch.Tensor, weight: torch.Tensor) -> dict[str, object]:
+    """The constants of a launch."""
+    slots, cosine = sizes[3], sizes[5]
+    double = torch.float64 in (x.dtype, weight.dtype)
+    sixteen_bits = x.element_size() == weight.element_size() == 2
+    tf32 = sixteen_bits or torch.backends.cuda.matmul.allow_tf32
+    return {
+        "COSINE": cosine,
+        "DOUBLE": double,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "BLOCK_ROWS": 16,
+        "BLOCK_SLOTS": 1 if slots == 1 else min(max(triton.next_power_of_2(slots), 16), 32),
+        "BLOCK_FEATURES": 128 if slots == 1 else 64 if tf32 else 32,
+        "num_warps": NUM_WARPS,
+    }
+
+
+def group_linear(
+    sizes: Sizes,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    cosines: torch.Tensor,
+    inv_x: torch.Tensor,
+    inv_weight: torch.Tensor,
+) -> None:
+    """Launches group_linear_kernel, which documents the tensors; empty ``cosines`` are not written."""
+    batch, groups, _, slots, _, _ = sizes
+    chosen = options(sizes, x, weight)
+    grid = groups * triton.cdiv(batch, chosen["BLOCK_ROWS"]) * triton.cdiv(slots, chosen["BLOCK_SLOTS"])
+    with torch.cuda.device_of(x):
+        group_linear_kernel[(grid,)](
+            x,
+            weight,
+            bias,
+            out,
+            cosines if cosines.numel() > 0 else None,
+            inv_x,
+            inv_weight,
+            *sizes[:5],
+            x.stride(0),
+            x.stride(1),
+            **chosen,
+        )
+
+
+def group_linear_backward(
+    sizes: Sizes,
+    grad_out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    cosines: torch.Tensor,
+    inv_x: torch.Tensor,
+    inv_weight: torch.Tensor,
+    grad_x: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+) -> None:
+    """Launches grad_x_kernel and grad_weight_kernel, each where its result is wanted."""
+    batch, groups, features, slots, _, _ = sizes
+    chosen = options(sizes, x, weight)
+    grid = groups * triton.cdiv(features, chosen["BLOCK_FEATURES"])
+    inputs = grad_out, x, weight, cosines, inv_x, inv_weight
+    strides = x.stride(0), x.stride(1)
+    with torch.cuda.device_of(x):
+        if grad_x is not None:
+            programs = grid * triton.cdiv(batch, chosen["BLOCK_ROWS"])
+            grad_strides = grad_x.stride(0), grad_x.stride(1)
+            grad_x_kernel[(programs,)](*inputs, grad_x, *sizes[:5], *strides, *grad_strides, **chosen)
+        if grad_weight is not None:
+            programs = grid * triton.cdiv(slots, chosen["BLOCK_SLOTS"])
+            grad_weight_kernel[(programs,)](*inputs, grad_weight, *sizes[:5], *strides, **chosen)

@@ -1,0 +1,293 @@
+"""Attention over a complete graph in O(K log K + K F), exactly: docs/graph_attention_complete.md has the derivation."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import leaky_relu
+
+from mlfast.backends import _native, choose, is_exporting
+from mlfast.ops._dtypes import CODES, computing_dtype
+from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
+
+SERVED = ("cpu", "triton")  # a sort and a few reads of memory: CUDA C++ would bring nothing over Triton
+MOST_NODES = 2**29  # rows and sources are numbered together in int32
+
+
+# ------------------------------------------------------------------------------------------------------- reference
+
+
+def reference(value: Tensor, score_src: Tensor, score_dst: Tensor, negative_slope: float) -> Tensor:
+    """The op in plain PyTorch, with K x K weights: the definition, the fallback, in float64 the truth of the tests."""
+    dtype = computing_dtype(value.dtype)
+    logits = leaky_relu(score_dst.to(dtype).t()[:, :, None] + score_src.to(dtype).t()[:, None, :], negative_slope)
+    out = logits.softmax(dim=2) @ value.to(dtype).transpose(0, 1)
+    return out.transpose(0, 1).to(value.dtype)
+
+
+# -------------------------------------------------------------------------------------------------- kernel launches
+
+
+class Merged(NamedTuple):
+    """Rows and sources of each head in one descending order, and the two weights of each (csrc/cpu has the details).
+
+    Attributes:
+        order: [H, 2 K] int32; i < K is row i, K + j is source j.
+        weights: [2, H, 2 K] float64: before, after. A row and a source attend with after[the first] *
+            before[the second].
+    """
+
+    order: Tensor
+    weights: Tensor
+
+
+def new_merged(value: Tensor) -> Merged:
+    """Uninitialised, for values [K, H, F]."""
+    nodes, heads, _ = value.shape
+    order = value.new_empty(heads, 2 * nodes, dtype=torch.int32)
+    return Merged(order, value.new_empty(2, heads, 2 * nodes, dtype=torch.float64))
+
+
+def launch(
+    backend: str, value: Tensor, score_src: Tensor, score_dst: Tensor, negative_slope: float
+) -> tuple[Tensor, Merged]:
+    """The attended values, and what backward needs besides ``value``."""
+    value, score_src, score_dst = (t.contiguous().resolve_neg() for t in (value, score_src, score_dst))
+    out, merged = torch.empty_like(value), new_merged(value)
+    if out.numel() > 0:
+        LAUNCH[backend](negative_slope, value, score_src, score_dst, out, *merged)
+    return out, merged
+
+
+def launch_backward(
+    backend: str,
+    grad_out: Tensor,
+    value: Tensor,
+    merged: Merged,
+    score_dtype: torch.dtype,
+    negative_slope: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients by value, score_src and score_dst, those that are needed."""
+    grad_out, value = (t.contiguous().resolve_neg() for t in (grad_out, value))
+    shapes = (value.shape, value.dtype), (value.shape[:2], score_dtype), (value.shape[:2], score_dtype)
+    grads = [
+        value.new_empty(shape, dtype=dtype) if need else None
+        for (shape, dtype), need in zip(shapes, needs, strict=True)
+    ]
+    if value.numel() > 0:
+        LAUNCH_BACKWARD[backend](negative_slope, score_dtype, grad_out, value, *merged, *grads)
+    else:  # also F = 0, where the scores are there and have no effect
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
+    return tuple(grads)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _launch_cpu(negative_slope: float, value: Tensor, score_src: Tensor, *tensors: Tensor) -> None:
+    types = CODES[value.dtype], CODES[score_src.dtype]
+    addresses = map(_address, (value, score_src, *tensors))
+    _native.graph_attention_complete_cpu(*value.shape, *types, negative_slope, *addresses)
+
+
+def _launch_backward_cpu(
+    negative_slope: float, score_dtype: torch.dtype, grad_out: Tensor, *tensors: Tensor | None
+) -> None:
+    types = CODES[grad_out.dtype], CODES[score_dtype]
+    addresses = map(_address, (grad_out, *tensors))
+    _native.graph_attention_complete_backward_cpu(*grad_out.shape, *types, negative_slope, *addresses)
+
+
+def merge(score_src: Tensor, score_dst: Tensor, negative_slope: float) -> tuple[Tensor, Tensor]:
+    """The merged order and its weights in plain PyTorch, for a GPU. Those of the rows are not normalised yet."""
+    dtype = computing_dtype(score_src.dtype)
+    # Rows come first, and the sort is stable: a source that ties with a row stands behind it.
+    order = torch.cat((-score_dst, score_src)).to(dtype).t().argsort(dim=1, descending=True, stable=True)
+    row, source = score_dst.double().t(), score_src.double().t()
+    top, largest = source.amax(dim=1, keepdim=True), torch.finfo(torch.float64).max
+    # Finite scores far apart must not make 0 * inf; those that are not finite must stay NaN.
+    gap = torch.where(source.isfinite(), (source - top).clamp(min=-largest), source - top)
+    of_negative = ((negative_slope - 1) * (row + top).clamp(0, largest)).exp() + (row - row)
+    before = torch.cat((torch.ones_like(row), (negative_slope * gap).exp()), dim=1)
+    after = torch.cat((of_negative, gap.exp()), dim=1)
+    return order, torch.stack((before.gather(1, order), after.gather(1, order)))
+
+
+def _new_sums(value: Tensor, width: int) -> Tensor:
+    from mlfast.kernels.graph_attention_complete import num_chunks
+
+    return value.new_empty(2, value.shape[1], num_chunks(value.shape[0]), width, dtype=torch.float64)
+
+
+def _launch_triton(
+    negative_slope: float, value: Tensor, score_src: Tensor, score_dst: Tensor, out: Tensor, *merged: Tensor
+) -> None:
+    from mlfast.kernels.graph_attention_complete import graph_attention_complete as kernel
+
+    order, normalised = merged
+    sorted_order, weights = merge(score_src, score_dst, negative_slope)
+    kernel(value, order.copy_(sorted_order), weights, _new_sums(value, value.shape[2] + 1), out, normalised)
+
+
+def _launch_backward_triton(
+    negative_slope: float,
+    _: torch.dtype,
+    grad_out: Tensor,
+    value: Tensor,
+    order: Tensor,
+    weights: Tensor,
+    grad_value: Tensor | None,
+    *grads: Tensor | None,
+) -> None:
+    from mlfast.kernels.graph_attention_complete import graph_attention_complete_backward as kernel
+
+    sums = tuple(_new_sums(value, width) for width in (value.shape[2] + 1, value.shape[2] + 1, 1))
+    exact = value.new_empty(2, *value.shape[:2], dtype=torch.float64)
+    kernel(grad_out, value, order, weights, sums, torch.empty_like(weights), negative_slope, grad_value, *exact)
+    for grad, computed in zip(grads, exact, strict=True):
+        if grad is not None:
+            grad.copy_(computed)
+
+
+LAUNCH: dict[str, Any] = {"cpu": _launch_cpu, "triton": _launch_triton}
+LAUNCH_BACKWARD: dict[str, Any] = {"cpu": _launch_backward_cpu, "triton": _launch_backward_triton}
+
+
+# ------------------------------------------------------------------------------------------------ autograd.Function
+
+
+class CompleteAttentionFunction(torch.autograd.Function):
+    """Keeps the value and O(K) numbers per head; backward sweeps again instead of keeping sums of K x F."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, score_src: Tensor, score_dst: Tensor, negative_slope: float, backend: str
+    ) -> Tensor:
+        """Value [K, H, F] and scores [K, H] to [K, H, F]."""
+        out, merged = launch(backend, value, score_src, score_dst, negative_slope)
+        ctx.save_for_backward(value, *merged)
+        ctx.call = backend, score_src.dtype, negative_slope
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients by value, score_src and score_dst."""
+        backend, score_dtype, negative_slope = ctx.call
+        value, *merged = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        grads = launch_backward(backend, grad_out, value, Merged(*merged), score_dtype, negative_slope, needs)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = tuple(grad if grad is None else without_second_derivative(grad) for grad in grads)
+        return *grads, None, None
+
+
+# ---------------------------------------------------------------------------------------------- under torch.compile
+
+torch.library.define(
+    "mlfast::graph_attention_complete",
+    "(Tensor value, Tensor score_src, Tensor score_dst, float negative_slope) "
+    "-> (Tensor out, Tensor order, Tensor weights)",
+)
+torch.library.define(
+    "mlfast::graph_attention_complete_backward",
+    "(Tensor grad_out, Tensor value, Tensor order, Tensor weights, ScalarType score_dtype, float negative_slope) "
+    "-> (Tensor grad_value, Tensor grad_src, Tensor grad_dst)",
+)
+
+
+@torch.library.impl("mlfast::graph_attention_complete", ["CPU", "CUDA"])
+def _run(value: Tensor, score_src: Tensor, score_dst: Tensor, negative_slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    out, merged = launch(choose(value.device, SERVED), value, score_src, score_dst, negative_slope)
+    return out, *merged
+
+
+@torch.library.register_fake("mlfast::graph_attention_complete")
+def _fake(value: Tensor, score_src: Tensor, score_dst: Tensor, negative_slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(value, memory_format=torch.contiguous_format), *new_merged(value)
+
+
+@torch.library.impl("mlfast::graph_attention_complete_backward", ["CPU", "CUDA"])
+def _run_backward(
+    grad_out: Tensor, value: Tensor, order: Tensor, weights: Tensor, score_dtype: torch.dtype, negative_slope: float
+) -> tuple[Tensor | None, ...]:
+    backend = choose(value.device, SERVED)
+    merged = Merged(order, weights)
+    return launch_backward(backend, grad_out, value, merged, score_dtype, negative_slope, (True, True, True))
+
+
+@torch.library.register_fake("mlfast::graph_attention_complete_backward")
+def _fake_backward(
+    grad_out: Tensor, value: Tensor, order: Tensor, weights: Tensor, score_dtype: torch.dtype, negative_slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+    grads = [value.new_empty(value.shape[:2], dtype=score_dtype) for _ in range(2)]
+    return grad_value, grads[0], grads[1]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    value, score_src, _, negative_slope = inputs
+    ctx.save_for_backward(value, *output[1:])
+    ctx.call = score_src.dtype, negative_slope
+
+
+def _backward(ctx: Any, grad_out: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *torch.ops.mlfast.graph_attention_complete_backward(grad_out, *ctx.saved_tensors, *ctx.call), None
+
+
+torch.library.register_autograd("mlfast::graph_attention_complete", _backward, setup_context=_save)
+torch.library.register_autograd("mlfast::graph_attention_complete_backward", NoSecondDerivative.backward)
+
+
+# ------------------------------------------------------------------------------------------------------- functional
+
+
+def complete_attention(value: Tensor, score_src: Tensor, score_dst: Tensor, negative_slope: float) -> Tensor:
+    r"""Graph attention (GAT, Velickovic et al. 2018, eq. 1-4) where every node attends over all nodes, itself included.
+
+    .. math:: out_{ih} = \sum_j \mathrm{softmax}_j(\mathrm{LeakyReLU}(dst_{ih} + src_{jh})) \, value_{jh}
+
+    Exact, though no pair of nodes is looked at. Finite scores of any size neither overflow nor give NaN; scores that
+    are not finite give what they give in softmax.
+
+    Args:
+        value: [K, H, F], bfloat16, half, float32 or float64. K, H and F may be 0.
+        score_src: [K, H] floating point, on the device of ``value``; as ``score_dst``. What they must be besides is
+            checked by the public function, ``graph_attention``.
+        score_dst: [K, H].
+        negative_slope: of the LeakyReLU, in [0, 1]: elsewhere the algorithm's weights would not be bounded.
+
+    Returns:
+        [K, H, F] in the dtype of ``value``.
+
+    Raises:
+        ValueError: ``negative_slope`` is outside [0, 1], or K is above 2^29.
+        mlfast.backends.BackendError: the backend that was asked for cannot serve; there is no CUDA C++ kernel.
+    """
+    if not 0 <= negative_slope <= 1:
+        raise ValueError(
+            f"graph_attention: negative_slope must be in [0, 1] for a complete graph, got {negative_slope}; "
+            "pass a graph of ones for other slopes"
+        )
+    if value.shape[0] > MOST_NODES:
+        raise ValueError(f"graph_attention: value must have at most {MOST_NODES} nodes, got {list(value.shape)}")
+    backend = "reference" if is_exporting() else choose(value.device, SERVED)
+    if backend == "reference":
+        return reference(value, score_src, score_dst, negative_slope)
+    if score_src.dtype != score_dst.dtype:
+        common = torch.promote_types(score_src.dtype, score_dst.dtype)
+        score_src, score_dst = score_src.to(common), score_dst.to(common)
+    tensors = value, score_src, score_dst
+    if torch.compiler.is_compiling() or any(type(t) not in PLAIN for t in tensors):  # subclasses need the dispatcher
+        return torch.ops.mlfast.graph_attention_complete(*tensors, negative_slope)[0]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return launch(backend, *tensors, negative_slope)[0]
+    return CompleteAttentionFunction.apply(*tensors, negative_slope, backend)
+
+
+PLAIN = (Tensor, torch.nn.Parameter)

@@ -1,0 +1,369 @@
+"""A linear layer per group of classes, or its cosines: docs/group_linear.md has the derivation, cost, measurements."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mlfast.backends import _native, choose, is_exporting
+from mlfast.ops._dtypes import CODES, computing_dtype
+from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
+
+SERVED = ("cpu", "triton")  # memory bounds this op, so CUDA C++ would bring little over Triton
+MOST = 2**30  # sizes are int32 in the Triton kernels, and a tile may reach beyond the last row
+
+
+# ------------------------------------------------------------------------------------------------------- reference
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, num_classes: int, cosine: bool = False
+) -> Tensor:
+    """The op in plain PyTorch: the definition, the fallback for every device, in float64 the truth of the tests."""
+    dtype = output_dtype(x, weight, cosine)
+    with without_autocast(x.device.type):
+        x, weight = x.to(dtype), weight.to(dtype)
+        if cosine:
+            x, weight = F.normalize(x, dim=2), F.normalize(weight, dim=1)
+        out = torch.bmm(x.transpose(0, 1), weight).transpose(0, 1).flatten(1)[:, :num_classes]
+        return out if bias is None else out + bias.to(dtype)
+
+
+def output_dtype(x: Tensor, weight: Tensor, cosine: bool) -> torch.dtype:
+    """What torch's linear would return; cosines are float32 at least, since a scale of 20 or more multiplies them."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    if cosine:
+        return computing_dtype(dtype)
+    if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return dtype
+
+
+def without_autocast(device_type: str) -> Any:
+    """A context in which operations have the dtype of their arguments."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+# -------------------------------------------------------------------------------------------------- kernel launches
+
+
+class Sizes(NamedTuple):
+    """The sizes of a call as the kernels take them."""
+
+    batch: int
+    groups: int
+    features: int
+    slots: int
+    classes: int
+    cosine: bool
+
+
+def sizes_of(x: Tensor, weight: Tensor, num_classes: int, cosine: bool) -> Sizes:
+    """The sizes of a call with these tensors."""
+    batch, groups, features = x.shape
+    return Sizes(batch, groups, features, weight.shape[2], num_classes, cosine)
+
+
+def launch(
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    num_classes: int,
+    cosine: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output [B, K], and for the gradient the cosines [B, K], 1 / \\|x\\| [B, L] and 1 / \\|w\\| [L, f].
+
+    The latter three are empty without ``cosine``, and the cosines too where there is no bias: they are the output.
+    """
+    outputs = allocate(x, weight, bias, num_classes, cosine, out_dtype)
+    if x.shape[0] > 0:
+        sizes = sizes_of(x, weight, num_classes, cosine)
+        computing = outputs[2].dtype
+        bias = None if bias is None else bias.to(computing).contiguous().resolve_neg()
+        LAUNCH[backend](sizes, with_contiguous_rows(x), weight.contiguous().resolve_neg(), bias, *outputs)
+    else:
+        outputs[3].zero_()
+    return outputs
+
+
+def allocate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int, cosine: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised tensors for what :func:`launch` returns."""
+    batch, groups, _ = x.shape
+    computing = computing_dtype(torch.promote_types(x.dtype, weight.dtype))
+    cosines = (batch, num_classes) if cosine and bias is not None else (0,)
+    return (
+        x.new_empty((batch, num_classes), dtype=out_dtype),
+        x.new_empty(cosines, dtype=computing),
+        x.new_empty((batch, groups) if cosine else (0,), dtype=computing),
+        x.new_empty((groups, weight.shape[2]) if cosine else (0,), dtype=computing),
+    )
+
+
+def with_contiguous_rows(x: Tensor) -> Tensor:
+    """``x`` with the features of a row next to each other; rows may lie in any order."""
+    x = x.resolve_neg()
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def launch_backward(
+    backend: str,
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Sequence[Tensor],
+    cosine: bool,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients by x and weight, those that are needed. ``saved``: the cosines, 1 / \\|x\\| and 1 / \\|w\\|."""
+    grad_x = empty_rows_like(x) if needs[0] else None
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    if x.shape[0] > 0:
+        sizes = sizes_of(x, weight, grad_out.shape[1], cosine)
+        inputs = grad_out.contiguous().resolve_neg(), with_contiguous_rows(x), weight.contiguous().resolve_neg()
+        LAUNCH_BACKWARD[backend](sizes, *inputs, *saved, grad_x, grad_weight)
+    elif grad_weight is not None:
+        grad_weight.zero_()
+    return grad_x, grad_weight
+
+
+def empty_rows_like(x: Tensor) -> Tensor:
+    """A tensor without gaps, whose rows are in the order of those of ``x``: by the batch, or by the group."""
+    by_group = x.transpose(0, 1).is_contiguous() and not x.is_contiguous()
+    order = (x.shape[1], x.shape[0], x.shape[2]) if by_group else x.shape
+    rows = torch.empty(order, dtype=x.dtype, device=x.device)
+    return rows.transpose(0, 1) if by_group else rows
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _rows(x: Tensor | None) -> tuple[int, int, int, int]:
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), CODES[x.dtype], x.stride(0), x.stride(1))
+
+
+def _launch_cpu(sizes: Sizes, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *saved: Tensor) -> None:
+    _native.group_linear_cpu(
+        (*sizes, CODES[saved[0].dtype]),
+        _rows(x),
+        weight.data_ptr(),
+        CODES[weight.dtype],
+        _address(bias),
+        out.data_ptr(),
+        CODES[out.dtype],
+        *map(_address, saved),
+    )
+
+
+def _launch_backward_cpu(
+    sizes: Sizes,
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    cosines: Tensor,
+    inv_x: Tensor,
+    inv_weight: Tensor,
+    grad_x: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:
+    _native.group_linear_backward_cpu(
+        (*sizes, CODES[inv_x.dtype]),
+        grad_out.data_ptr(),
+        CODES[grad_out.dtype],
+        _rows(x),
+        weight.data_ptr(),
+        CODES[weight.dtype],
+        *map(_address, (cosines, inv_x, inv_weight)),
+        _rows(grad_x),
+        _address(grad_weight),
+    )
+
+
+def _launch_triton(*arguments: Any) -> None:
+    from mlfast.kernels.group_linear import group_linear as kernel
+
+    kernel(*arguments)
+
+
+def _launch_backward_triton(*arguments: Any) -> None:
+    from mlfast.kernels.group_linear import group_linear_backward as kernel
+
+    kernel(*arguments)
+
+
+LAUNCH = {"cpu": _launch_cpu, "triton": _launch_triton}
+LAUNCH_BACKWARD = {"cpu": _launch_backward_cpu, "triton": _launch_backward_triton}
+
+
+# ------------------------------------------------------------------------------------------------ autograd.Function
+
+
+class GroupLinearFunction(torch.autograd.Function):
+    """Products and lengths in one pass; backward is products with rank-1 corrections. Nothing normalised is stored."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *call: Any) -> Tensor:
+        """x [B, L, D], weight [L, D, f] and bias [K] or None to [B, K]; ``call``: K, cosine, output dtype, backend."""
+        *options, backend = call
+        out, *saved = launch(backend, x, weight, bias, *options)
+        _save_for_backward(ctx, (x, weight, bias, *options), (out, *saved))
+        ctx.backend = backend
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients by x, weight and bias."""
+        x, weight, *saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_bias = _grad_bias(grad_out, ctx.bias_dtype) if needs[2] else None
+        grads = (*launch_backward(ctx.backend, grad_out, x, weight, saved, ctx.cosine, needs[:2]), grad_bias)
+        if torch.is_grad_enabled():  # create_graph=True
+            return *(grad if grad is None else without_second_derivative(grad) for grad in grads), *[None] * 4
+        return *grads, *[None] * 4
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _, cosine, _ = inputs
+    out, cosines, inv_x, inv_weight = output
+    if cosine and bias is None:
+        cosines = out
+    ctx.save_for_backward(x, weight, cosines, inv_x, inv_weight)
+    ctx.cosine = cosine
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _grad_bias(grad_out: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad_out.sum(0, dtype=computing_dtype(grad_out.dtype)).to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------- under torch.compile
+
+torch.library.define(
+    "mlfast::group_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, SymInt num_classes, bool cosine, ScalarType out_dtype) "
+    "-> (Tensor out, Tensor cosines, Tensor inv_x, Tensor inv_weight)",
+)
+torch.library.define(
+    "mlfast::group_linear_backward",
+    "(Tensor grad_out, Tensor x, Tensor weight, Tensor cosines, Tensor inv_x, Tensor inv_weight, bool cosine) "
+    "-> (Tensor grad_x, Tensor grad_weight)",
+)
+
+
+@torch.library.impl("mlfast::group_linear", ["CPU", "CUDA"])
+def _run(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return launch(choose(x.device, SERVED), x, *arguments)
+
+
+torch.library.register_fake("mlfast::group_linear", allocate)
+
+
+@torch.library.impl("mlfast::group_linear_backward", ["CPU", "CUDA"])
+def _run_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, cosines: Tensor, inv_x: Tensor, inv_weight: Tensor, cosine: bool
+) -> tuple[Tensor | None, ...]:
+    backend, saved = choose(x.device, SERVED), (cosines, inv_x, inv_weight)
+    return launch_backward(backend, grad_out, x, weight, saved, cosine, (True, True))
+
+
+@torch.library.register_fake("mlfast::group_linear_backward")
+def _fake_backward(grad_out: Tensor, x: Tensor, weight: Tensor, *unused: Any) -> tuple[Tensor, Tensor]:
+    return empty_rows_like(x), torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _backward(ctx: Any, grad_out: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.mlfast.group_linear_backward(grad_out, *ctx.saved_tensors, ctx.cosine)
+    grad_bias = _grad_bias(grad_out, ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+    return *grads, grad_bias, None, None, None
+
+
+torch.library.register_autograd("mlfast::group_linear", _backward, setup_context=_save_for_backward)
+torch.library.register_autograd("mlfast::group_linear_backward", NoSecondDerivative.backward)
+
+
+# ------------------------------------------------------------------------------------------------------- functional
+
+
+def group_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, num_classes: int, cosine: bool = False
+) -> Tensor:
+    r"""A linear layer of its own for every group of classes: the last layer of ML-Decoder (Ridnik et al., 3.2).
+
+    .. math:: out_{bc} = \langle x_{bl}, w_{l,:,j} \rangle + bias_c, \quad l = \lfloor c / f \rfloor, \; j = c \bmod f
+
+    With ``cosine`` the product is divided by the lengths of both vectors before the bias is added, as Prokofiev &
+    Sovrasov do for angular losses. Lengths below 1e-12 count as 1e-12, as in ``torch.nn.functional.normalize``: a zero
+    vector has cosine 0 and a finite gradient. Nothing is clamped to [-1, 1].
+
+    Args:
+        x: [B, L, D], a vector per image and group; bfloat16, half, float32 or float64. Rows in any order are read as
+            they are, as long as the features of a row are next to each other.
+        weight: [L, D, f], of such a dtype, not necessarily that of ``x``. Where L * f is above K, the last slots belong
+            to no class and get a gradient of zero.
+        bias: [K] or None, of such a dtype.
+        num_classes: K, from 1 to L * f.
+        cosine: whether to divide by the lengths.
+
+    Returns:
+        [B, K]. Products have the dtype that x and weight promote to, or under autocast its dtype, as in
+        ``torch.nn.functional.linear``; cosines are float32, or float64 for float64. Computed in float32 or float64.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        mlfast.backends.BackendError: the backend that was asked for cannot serve; there is no CUDA C++ kernel.
+    """
+    check_arguments(x, weight, bias, num_classes)
+    backend = "reference" if is_exporting() else choose(x.device, SERVED)
+    if backend == "reference":
+        return reference(x, weight, bias, num_classes=num_classes, cosine=cosine)
+    call = num_classes, cosine, output_dtype(x, weight, cosine)
+    if torch.compiler.is_compiling() or type(x) is not Tensor:  # a subclass finds its way by the dispatcher
+        return torch.ops.mlfast.group_linear(x, weight, bias, *call)[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return GroupLinearFunction.apply(x, weight, bias, *call, backend)
+    return launch(backend, x, weight, bias, *call)[0]
+
+
+def check_arguments(x: Any, weight: Any, bias: Any, num_classes: Any) -> None:
+    """Raises TypeError or ValueError unless these are what group_linear takes."""
+    for name, tensor in (("x", x), ("weight", weight), *([] if bias is None else [("bias", bias)])):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"group_linear: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in CODES or not tensor.is_floating_point():
+            raise TypeError(
+                f"group_linear: {name} must be bfloat16, half, float32 or float64, got {tensor.dtype}; "
+                f"pass {name}.float()"
+            )
+        if tensor.device != x.device:
+            raise ValueError(
+                f"group_linear: {name} must be on the device of x, {x.device}, got {tensor.device}; "
+                f"pass {name}.to(x.device)"
+            )
+    if x.dim() != 3 or not all(1 <= size <= MOST for size in x.shape[1:]):
+        raise ValueError(f"group_linear: x must be [B, L, D] with L and D at least 1, got {list(x.shape)}")
+    if weight.dim() != 3 or weight.shape[:2] != x.shape[1:] or not 1 <= weight.shape[2] <= MOST:
+        raise ValueError(
+            f"group_linear: weight must be [{x.shape[1]}, {x.shape[2]}, f] for x of {list(x.shape)}, "
+            f"with f at least 1, got {list(weight.shape)}"
+        )
+    if not 1 <= num_classes <= weight.shape[0] * weight.shape[2]:
+        raise ValueError(
+            f"group_linear: num_classes must be from 1 to L * f = {weight.shape[0] * weight.shape[2]}, "
+            f"got {num_classes}"
+        )
+    if bias is not None and bias.shape != (num_classes,):
+        raise ValueError(
+            f"group_linear: bias must have one value per class, [{num_classes}], got {list(bias.shape)}; "
+            "pass bias[:num_classes] if it has one per slot"
+        )

@@ -1,6 +1,6 @@
 # make demo    train on the built-in pictures (about 3 minutes on two cores), then time the loss
 # make test    the whole test suite
-# make bench   every benchmark (about 10 minutes); writes bench/results/ and the README's tables
+# make bench   every benchmark (at most 30 minutes on two cores); writes bench/results/, its report, and the README's tables
 # make lint    ruff, mypy, clang-format
 # make sanitize   the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # make gpu-check OUT=folder   on a machine with a GPU: build, test every backend, benchmark, with $(PYTHON) as it is
@@ -44,6 +44,8 @@ test: $(VENV)/.built
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest bench --save-results --benchmark-quiet -p no:warnings
+	$(BIN)/python -m bench.gpu_static
+	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.readme
 
 lint: $(VENV)/.dependencies
@@ -73,8 +75,9 @@ gpu-check:
 	$(PYTHON) -m mlfast backends | tee "$(OUT)/backends.txt"
 	$(PYTHON) -m pytest tests/ops tests/test_backends.py --junit-xml "$(OUT)/tests.xml" | tee "$(OUT)/tests.txt"
 	for backend in cuda triton; do \
-	  MLFAST_BACKEND=$$backend $(PYTHON) -m pytest bench --device cuda --benchmark-json "$(OUT)/bench-$$backend.json" \
+	  MLFAST_BACKEND=$$backend $(PYTHON) -m pytest bench --device cuda --json "$(OUT)/bench-$$backend.json" \
 	    | tee "$(OUT)/bench-$$backend.txt"; done
+	-$(PYTHON) -m bench.report "$(OUT)"/bench-*.json
 
 clean:
 	rm -rf build *.egg-info mlfast/_native*.so

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import re
-import statistics
 import subprocess
 from datetime import date
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy
 import torch
 
 import mlfast
-from bench.race import seconds, until_done
+from bench.race import Contestant, seconds, until_done
 
 
 def processor(device: torch.device) -> str:
@@ -57,9 +56,24 @@ def description(device: torch.device) -> dict[str, str]:
     }
 
 
-def copy_bandwidth(device: torch.device, num_bytes: int = 256 * 2**20, repeats: int = 7) -> float:
+def copy_bandwidth(device: torch.device, num_bytes: int = 256 * 2**20) -> float:
     """Bytes per second of torch's copy between buffers far beyond the caches; a copy counts as a read and a write."""
     source, target = torch.ones(num_bytes // 4, device=device), torch.empty(num_bytes // 4, device=device)
     copy = until_done(target.copy_)
     copy(source)
-    return 2 * num_bytes / statistics.median(seconds(copy, source) for _ in range(repeats))
+    return 2 * num_bytes / fastest(copy, source)
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Operations per second of torch's float32 product of two square matrices; a multiply-add counts as two."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.ones(size, size, device=device), torch.ones(size, size, device=device)
+    product = torch.empty(size, size, device=device)
+    multiply = until_done(lambda: torch.mm(a, b, out=product))
+    multiply()
+    return 2 * size**3 / fastest(multiply)
+
+
+def fastest(run: Contestant, *arguments: object) -> float:
+    """Seconds of the fastest of many calls: what is compared with a limit should know the limit."""
+    return min(seconds(run, *arguments) for _ in range(50))

@@ -5,16 +5,25 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from bench.memory import peak_bytes
+from bench.replay import kernel_seconds
 
 Contestant = Callable[..., Any]
 
 # Rotated inputs together exceed every CPU cache of the machines at hand (32 MiB), up to a number of sets.
 ROTATED_BYTES = 128 * 2**20
 MOST_SETS = 64
+# Inputs below this fit a core's caches, so for a quick call a loop of its own is another case than taking turns.
+HOT_BYTES = 2**20
+HOT_SECONDS = 1e-3
+FEWEST_ROUNDS = 5
+most_seconds = 12.0  # of one race's rounds; --quick lowers it
 
 
 def number_of_sets(bytes_per_set: int) -> int:
@@ -48,13 +57,32 @@ def race(
 
     Name contestants that share code apart from each other: the second of two in a row would find its code in the
     caches. The subject comes last in a round, which pytest-benchmark times; the others run in the round's set-up, timed
-    the same way.
+    the same way. There are fewer rounds where they would take longer than ``most_seconds``.
+
+    What else one wants to know of the contestants (see `details`) is left in ``benchmark.extra_info``, from which the
+    fixture ``record`` takes it into the row.
 
     Returns:
         The median seconds of each contestant.
     """
-    contestants = {name: until_done(run) for name, run in contestants.items()}
-    others = {name: run for name, run in contestants.items() if name != subject}
+    timed = {name: until_done(run) for name, run in contestants.items()}
+    one_round = 0.0
+    for run in timed.values():
+        for arguments in inputs[:3]:
+            last = seconds(run, *arguments)  # compiles, allocates, warms up
+        one_round += last
+    rounds = max(min(rounds, FEWEST_ROUNDS), min(rounds, int(most_seconds / one_round)))
+    with no_garbage_collection():
+        times = take_turns(benchmark, timed, inputs, subject, rounds)
+        benchmark.extra_info["race"] = details(contestants, timed, inputs, subject, times)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def take_turns(
+    benchmark: Any, timed: dict[str, Contestant], inputs: Sequence[tuple[Any, ...]], subject: str, rounds: int
+) -> dict[str, list[float]]:
+    """The seconds of every contestant in every round."""
+    others = {name: run for name, run in timed.items() if name != subject}
     times: dict[str, list[float]] = {name: [] for name in others}
     turn = 0
 
@@ -66,14 +94,67 @@ def race(
             times[name].append(seconds(run, *arguments))
         return arguments, {}
 
-    for run in contestants.values():
-        for arguments in inputs[:3]:
-            run(*arguments)  # compiles, allocates, warms up
+    benchmark.pedantic(timed[subject], setup=set_up, rounds=rounds)
+    return {subject: list(benchmark.stats.stats.data), **times}
+
+
+def details(
+    contestants: dict[str, Contestant],
+    timed: dict[str, Contestant],
+    inputs: Sequence[tuple[Any, ...]],
+    subject: str,
+    times: dict[str, list[float]],
+) -> dict[str, Any]:
+    """What a row says beside the medians.
+
+    ``rounds``; ``ratio_quartiles``: the three quartiles over the rounds of how many times as long as the subject each
+    contestant took; ``peak_bytes``: the peak memory of one call; ``hot_us``, of quick calls on small inputs: the median
+    of a loop of its own; ``kernel_us``, on a GPU: the time in a replayed CUDA graph with cold caches, null where there
+    is none.
+    """
+    found: dict[str, Any] = {"rounds": len(times[subject])}
+    found["ratio_quartiles"] = {
+        name: [round(q, 3) for q in quartiles(values, times[subject])]
+        for name, values in times.items()
+        if name != subject
+    }
+    found["peak_bytes"] = {name: peak_bytes(run, inputs[0]) for name, run in contestants.items()}
+    small = sum(x.nbytes for x in inputs[0] if torch.is_tensor(x)) < HOT_BYTES
+    if small and statistics.median(times[subject]) < HOT_SECONDS:
+        found["hot_us"] = {
+            name: microseconds(statistics.median(own_loop(run, inputs[0], found["rounds"])))
+            for name, run in timed.items()
+        }
+    if torch.cuda.is_initialized():
+        replayed = {name: kernel_seconds(run, inputs) for name, run in contestants.items()}
+        found["kernel_us"] = {name: s and microseconds(s) for name, s in replayed.items()}
+    return found
+
+
+def quartiles(times: list[float], subject_times: list[float]) -> list[float]:
+    """The quartiles over the rounds of how many times as long as the subject a contestant took."""
+    ratios = [other / mine for other, mine in zip(times, subject_times, strict=True)]
+    return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+
+
+def own_loop(run: Contestant, arguments: tuple[Any, ...], rounds: int) -> list[float]:
+    """The same call again and again: it finds its code and its data in the caches."""
+    for _ in range(10):
+        run(*arguments)
+    return [seconds(run, *arguments) for _ in range(rounds)]
+
+
+def microseconds(value: float) -> float:
+    """As results are stored."""
+    return round(value * 1e6, 1)
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Python's collector would strike one contestant and spare the next."""
     gc.collect()
     gc.disable()
     try:
-        benchmark.pedantic(contestants[subject], setup=set_up, rounds=rounds)
+        yield
     finally:
         gc.enable()
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {subject: benchmark.stats.stats.median, **medians}

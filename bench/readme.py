@@ -5,41 +5,82 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from bench import rows
+from bench.rows import Row
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured speeds: written by python -m bench.readme -->", "<!-- end of measured speeds -->"
 
 
-def fastest(median_us: dict[str, float], kind: str) -> float:
-    """The fastest contestant of a kind: ``eager`` stands for all eager forms, ``compile`` for all compiled ones."""
-    return min(us for name, us in median_us.items() if name.split()[0] == kind)
+def against(us: dict[str, float], kind: str) -> str:
+    """The ratio to the fastest of a kind: ``eager`` stands for all eager forms, ``compile`` for all compiled ones."""
+    of_kind = [value for name, value in us.items() if name.split()[0] == kind]
+    return f"{min(of_kind) / us['mlfast']:.1f}x" if of_kind else "-"
+
+
+def times(us: dict[str, float]) -> list[str]:
+    """mlfast's time, and how many times as long the fastest eager and the fastest compiled form take."""
+    return [f"{us['mlfast']:.0f} µs", against(us, "eager"), against(us, "compile")]
+
+
+def memory(row: Row) -> str:
+    """mlfast's peak memory, and how many times as much the thriftiest other contestant takes."""
+    peaks = row["peak_bytes"]
+    other = min(value for name, value in peaks.items() if rows.is_rival(name))
+    return f"{rows.quantity(peaks['mlfast'], 'B')} ({other / max(peaks['mlfast'], 1):.1f}x)"
+
+
+# Columns that not every row has, nor older results at all: key of a row, title, text.
+COLUMNS = (
+    ("percent_of_copy_bandwidth", "of copy bandwidth", lambda row: rows.percent(row["percent_of_copy_bandwidth"])),
+    ("percent_of_roofline", "of roofline", lambda row: rows.percent(row["percent_of_roofline"])),
+    ("peak_bytes", "peak memory (thriftiest other)", memory),
+)
+
+
+def table(training: list[Row]) -> list[str]:
+    """A line for each training step; below small ones, the same in a loop of its own."""
+    columns = [column for column in COLUMNS if any(column[0] in row for row in training)]
+    titles = ["forward + backward, float32", "mlfast", "against eager", "against torch.compile"]
+    titles += [title for _, title, _ in columns]
+    lines = []
+    for row in training:
+        name = f"{row['op']}, {row['case'].removesuffix(' training')}"
+        lines.append([name, *times(row["median_us"]), *(text(row) if key in row else "-" for key, _, text in columns)])
+        if "hot_us" in row:
+            lines.append([f"{name}, in a loop of its own", *times(row["hot_us"]), *[""] * len(columns)])
+    return [as_row(titles), "|" + "---|" * len(titles), *map(as_row, lines)]
+
+
+def as_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def section(path: Path) -> list[str]:
-    """One machine's tables: a training step of every op at every size."""
+    """One machine's tables: a training step of every op at every size, and in words where mlfast loses."""
     results = json.loads(path.read_text())
-    about, rows = results["machine"], results["rows"]
+    about, all_rows = results["machine"], results["rows"]
+    raced = [row for row in all_rows if rows.is_race(row)]
+    rate = f", matrix rate {about['matrix_rate_GFLOPs']} GFLOP/s" if "matrix_rate_GFLOPs" in about else ""
     lines = [
         f"**{about['processor']}**, torch {about['torch']}, commit {about['commit']}, {about['date']}, "
-        f"copy bandwidth {about['copy_bandwidth_GBps']} GB/s. All rows, forward alone among them: "
+        f"copy bandwidth {about['copy_bandwidth_GBps']} GB/s{rate}. All rows, forward alone among them: "
         f"[{path.name}]({path.relative_to(ROOT)}).",
         "",
-        "| forward + backward, float32 | mlfast | against eager | against torch.compile | of copy bandwidth |",
-        "|---|---|---|---|---|",
+        *table([row for row in raced if rows.is_training(row)]),
     ]
-    for row in rows:
-        if not row["case"].endswith(" training") or row["op"] == "call_overhead":
-            continue
-        us = row["median_us"]
-        lines.append(
-            f"| {row['op']}, {row['case'].removesuffix(' training')} | {us['mlfast']:.0f} µs | "
-            f"{fastest(us, 'eager') / us['mlfast']:.1f}x | {fastest(us, 'compile') / us['mlfast']:.1f}x | "
-            f"{row['percent_of_copy_bandwidth']:.0f} % |"
-        )
-    for row in rows:
-        if row["op"] == "call_overhead":
+    for row in all_rows:
+        if row["op"] == rows.FLOOR:
             mine, smallest = row["median_us"]["mlfast"], row["median_us"]["x.sum()"]
             lines += ["", f"One label, forward + backward: {mine:.0f} µs; PyTorch's `x.sum()`: {smallest:.0f} µs."]
+    if lost := [row for row in raced if "ratio_quartiles" in row and rows.verdict(row) == "loses"]:
+        lines += ["", f"mlfast loses: {'; '.join(map(loss, lost))}."]
     return lines
+
+
+def loss(row: Row) -> str:
+    name, ratio = rows.fastest_other(row)
+    return f"{row['op']}, {row['case']}, takes {1 / ratio:.2f} times as long as {name}"
 
 
 def tables() -> str:

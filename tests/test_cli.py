@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import signal
@@ -50,7 +51,25 @@ def test_backends(capsys):
 def test_no_command_explains_the_commands(capsys):
     assert cli.main([]) == 0
     out = capsys.readouterr().out
-    assert "train " in out and "backends " in out
+    assert "train " in out and "backends " in out and "bench " in out
+
+
+def test_bench_runs_the_folder_of_the_checkout(monkeypatch):
+    runs = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: runs.append(command) or argparse.Namespace(returncode=1)
+    )
+    assert cli.main(["bench", "-k", "aam_loss"]) == 1
+    assert cli.main(["bench", "--full", "--device", "cuda"]) == 1
+    quick, full = runs
+    assert quick[1:4] == ["-m", "pytest", "bench"] and "--quick" in quick and quick[-2:] == ["-k", "aam_loss"]
+    assert "--quick" not in full and full[-2:] == ["--device", "cuda"]
+
+
+def test_bench_without_a_checkout_says_how_to_get_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "mlfast" / "cli.py"))
+    assert cli.main(["bench"]) == 2
+    assert 'pip install --editable ".[bench]"' in capsys.readouterr().err
 
 
 def test_unknown_command(capsys):

@@ -1,0 +1,98 @@
+"""What a race leaves beside its medians: rounds, spread, hot loops, and peak memory."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import race
+from bench.memory import peak_bytes
+
+MIB = 2**20
+
+
+class Benchmark:
+    """What the race uses of pytest-benchmark."""
+
+    def __init__(self):
+        self.extra_info, self.stats = {}, SimpleNamespace(stats=SimpleNamespace(data=[]))
+
+    def pedantic(self, run, setup, rounds):
+        for _ in range(rounds):
+            arguments, _ = setup()
+            self.stats.stats.data.append(race.seconds(run, *arguments))
+
+
+def test_a_race_leaves_its_details():
+    benchmark, calls = Benchmark(), []
+
+    def sleeper(name, seconds):
+        return lambda x: (calls.append(name), time.sleep(seconds))
+
+    contestants = {"eager": sleeper("eager", 2e-3), "mlfast": sleeper("mlfast", 5e-4)}
+    medians = race.race(benchmark, contestants, [(torch.zeros(2),), (torch.zeros(2),)], "mlfast", 7)
+    found = benchmark.extra_info["race"]
+    assert medians["eager"] > 2e-3 > medians["mlfast"] > 5e-4
+    assert found["rounds"] == 7 and set(found["hot_us"]) == {"eager", "mlfast"}
+    low, middle, high = found["ratio_quartiles"]["eager"]
+    assert 1 < low <= middle <= high < 5
+    assert found["peak_bytes"] == {"eager": 0, "mlfast": 0}
+    assert "kernel_us" not in found or torch.cuda.is_available()
+    taking_turns = calls[4:18]
+    assert taking_turns == ["eager", "mlfast"] * 7
+
+
+def test_large_inputs_have_no_hot_loop_and_slow_rounds_are_few(monkeypatch):
+    monkeypatch.setattr(race, "most_seconds", 0.02)
+    for size, slept in ((race.HOT_BYTES // 4, 5e-4), (1, 5e-3)):
+        benchmark = Benchmark()
+        inputs = [(torch.zeros(size),)] * 2
+        race.race(benchmark, {"mlfast": lambda x, slept=slept: time.sleep(slept)}, inputs, "mlfast", 300)
+        assert "hot_us" not in benchmark.extra_info["race"]
+    assert benchmark.extra_info["race"]["rounds"] == race.FEWEST_ROUNDS
+
+
+def test_quartiles_are_of_ratios_round_by_round():
+    assert race.quartiles([2.0, 40.0, 6.0], [1.0, 10.0, 3.0]) == [2, 2, 3]
+    assert race.quartiles([3.0], [2.0]) == [1.5] * 3
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    x = torch.ones(MIB // 4)
+    assert 4 <= peak_bytes(lambda x: x.sum(), (x,)) <= 64
+    assert peak_bytes(lambda x: x + 1, (x,)) == pytest.approx(MIB, abs=64)  # and the 1
+    assert peak_bytes(lambda x: (x + 1) * 2, (x,)) == pytest.approx(
+        2 * MIB, abs=64
+    )  # the sum lives until the product is made
+    assert peak_bytes(lambda x: [len(x + i) for i in range(5)], (x,)) == pytest.approx(
+        MIB, abs=64
+    )  # one after the other
+
+
+def test_peak_memory_counts_the_gradient_and_not_the_one_before():
+    x = torch.ones(MIB // 4, requires_grad=True)
+
+    def step(x):
+        x.grad = None
+        (x * 2).sum().backward()
+
+    step(x)
+    first, second = peak_bytes(step, (x,)), peak_bytes(step, (x,))
+    assert first == second == pytest.approx(MIB, abs=64)  # the product is gone when the gradient comes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_replay_on_a_gpu():
+    from bench.replay import kernel_seconds
+
+    x = torch.ones(MIB, device="cuda", requires_grad=True)
+
+    def step(x):
+        x.grad = None
+        (x * 2).sum().backward()
+
+    assert 0 < kernel_seconds(step, [(x,), (x.detach().clone().requires_grad_(),)]) < 1e-2
+    assert kernel_seconds(lambda x: x.sum().item(), [(x,)]) is None
+    assert (x + 1).sum().item() == 2 * MIB  # the failed capture leaves a sane device

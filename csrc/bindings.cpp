@@ -7,6 +7,7 @@
 #include "cpu/aam_loss.h"
 #include "cpu/asymmetric_loss.h"
 #include "cpu/cosine_linear.h"
+#include "cpu/graph_attention.h"
 #include "cpu/graph_attention_complete.h"
 #include "cpu/group_linear.h"
 #include "cpu/huge_pages.h"
@@ -148,6 +149,66 @@ void graph_attention_complete_backward_cpu(int64_t nodes, int64_t heads, int64_t
        pointer(grad_dst)});
 }
 
+mlfast::cpu::Attention attention(int type, int64_t nodes, int64_t heads, int64_t features, double negative_slope,
+                                 double dropout, uintptr_t seed, uintptr_t score_src, uintptr_t score_dst) {
+  return {nodes,
+          heads,
+          features,
+          static_cast<DType>(type),
+          negative_slope,
+          dropout,
+          static_cast<const int64_t*>(pointer(seed)),
+          pointer(score_src),
+          pointer(score_dst)};
+}
+
+mlfast::cpu::Rows rows(uintptr_t indptr, uintptr_t indices) {
+  return {static_cast<const int64_t*>(pointer(indptr)), static_cast<const int32_t*>(pointer(indices))};
+}
+
+void graph_attention_cpu(int type, int64_t nodes, int64_t heads, int64_t features, double negative_slope,
+                         double dropout, uintptr_t seed, uintptr_t score_src, uintptr_t score_dst, uintptr_t indptr,
+                         uintptr_t indices, uintptr_t value, uintptr_t out, uintptr_t statistics) {
+  py::gil_scoped_release release;
+  mlfast::cpu::graph_attention(
+      attention(type, nodes, heads, features, negative_slope, dropout, seed, score_src, score_dst),
+      {rows(indptr, indices), pointer(value), pointer(out), pointer(statistics)});
+}
+
+void graph_attention_backward_cpu(int type, int64_t nodes, int64_t heads, int64_t features, double negative_slope,
+                                  double dropout, uintptr_t seed, uintptr_t score_src, uintptr_t score_dst,
+                                  uintptr_t indptr, uintptr_t indices, uintptr_t indptr_t, uintptr_t indices_t,
+                                  uintptr_t edges_t, uintptr_t value, uintptr_t statistics, uintptr_t grad_out,
+                                  uintptr_t grad_value, uintptr_t grad_logits, uintptr_t grad_score_src,
+                                  uintptr_t grad_score_dst) {
+  py::gil_scoped_release release;
+  mlfast::cpu::graph_attention_backward(
+      attention(type, nodes, heads, features, negative_slope, dropout, seed, score_src, score_dst),
+      {rows(indptr, indices), rows(indptr_t, indices_t), static_cast<const int64_t*>(pointer(edges_t)), pointer(value),
+       pointer(statistics), pointer(grad_out), pointer(grad_value), pointer(grad_logits), pointer(grad_score_src),
+       pointer(grad_score_dst)});
+}
+
+void graph_attention_dense_weights_cpu(int type, int64_t nodes, int64_t heads, double negative_slope, double dropout,
+                                       uintptr_t seed, uintptr_t score_src, uintptr_t score_dst, int64_t first,
+                                       int64_t block_rows, uintptr_t mask, uintptr_t weights) {
+  py::gil_scoped_release release;
+  mlfast::cpu::graph_attention_dense_weights(
+      attention(type, nodes, heads, 0, negative_slope, dropout, seed, score_src, score_dst),
+      {first, block_rows, static_cast<const bool*>(pointer(mask)), pointer(weights)});
+}
+
+void graph_attention_dense_backward_cpu(int type, int64_t nodes, int64_t heads, double negative_slope, double dropout,
+                                        uintptr_t seed, uintptr_t score_src, uintptr_t score_dst, int64_t first,
+                                        int64_t block_rows, uintptr_t weights, uintptr_t grad, uintptr_t grad_score_src,
+                                        uintptr_t grad_score_dst) {
+  py::gil_scoped_release release;
+  mlfast::cpu::graph_attention_dense_backward(
+      attention(type, nodes, heads, 0, negative_slope, dropout, seed, score_src, score_dst),
+      {first, block_rows, nullptr, pointer(weights)},
+      {pointer(grad), pointer(grad_score_src), pointer(grad_score_dst)});
+}
+
 void reweight_pool_cpu(uintptr_t features, int type, int64_t batch, int64_t channels, int64_t positions,
                        bool channels_last, uintptr_t weight, uintptr_t out, uintptr_t argmax, uintptr_t weight_slope) {
   py::gil_scoped_release release;
@@ -228,6 +289,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("group_linear_backward_cpu", &group_linear_backward_cpu);
   m.def("graph_attention_complete_cpu", &graph_attention_complete_cpu);
   m.def("graph_attention_complete_backward_cpu", &graph_attention_complete_backward_cpu);
+  m.def("graph_attention_cpu", &graph_attention_cpu);
+  m.def("graph_attention_backward_cpu", &graph_attention_backward_cpu);
+  m.def("graph_attention_dense_weights_cpu", &graph_attention_dense_weights_cpu);
+  m.def("graph_attention_dense_backward_cpu", &graph_attention_dense_backward_cpu);
   m.def("reweight_pool_cpu", &reweight_pool_cpu);
   m.def("reweight_pool_backward_cpu", &reweight_pool_backward_cpu);
   m.def("instruction_set", &instruction_set, "The instruction set that the CPU kernels use on this machine.");

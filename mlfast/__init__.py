@@ -8,7 +8,8 @@ if not (_Path(__file__).parent / "kernels").exists():
 
 from mlfast import functional
 from mlfast.backends import backends, use_backend
-from mlfast.nn import AAMLoss, AsymmetricLoss, CosineLinear, GroupLinear, ReweightPool
+from mlfast.graph import Graph
+from mlfast.nn import AAMLoss, AsymmetricLoss, CosineLinear, GraphAttention, GroupLinear, ReweightPool
 from mlfast.sparse_targets import SparseTargets
 
 __version__ = "0.1.0"
@@ -17,6 +18,8 @@ __all__ = [
     "AAMLoss",
     "AsymmetricLoss",
     "CosineLinear",
+    "Graph",
+    "GraphAttention",
     "GroupLinear",
     "ReweightPool",
     "SparseTargets",

@@ -1,0 +1,137 @@
+"""graph_attention against eager PyTorch, torch.compile and torch_geometric, forward + backward.
+
+The op's peers are the dense formula, eager and compiled. The layer's peer is torch_geometric's GATConv with the same
+weights on the same edges, whole against whole: both make the same products of features and weights.
+"""
+
+import pytest
+import torch
+from torch.nn.functional import leaky_relu
+
+from bench.race import race
+from mlfast.functional import graph_attention
+from mlfast.graph import Graph
+from mlfast.nn import GraphAttention
+
+SIZES = {  # labels, heads, features, neighbours of a label
+    "K 80, F 1280, 6 neighbours": (80, 1, 1280, 6),
+    "K 80, 4 heads of F 320, 6 neighbours": (80, 4, 320, 6),
+    "K 80, F 1280, 40 neighbours": (80, 1, 1280, 40),
+    "K 80, F 1280, mask of 40": (80, 1, 1280, 40),
+    "K 601, F 256, 10 neighbours": (601, 1, 256, 10),
+    "K 9605, F 256, 10 neighbours": (9605, 1, 256, 10),
+}
+QUICK = "K 80, F 1280, 6 neighbours"
+IN_FEATURES = 300  # word vectors
+
+
+def plain(value, src, dst, mask):
+    logits = leaky_relu(dst.t()[:, :, None] + src.t()[:, None, :], 0.2)
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(dim=2)
+    return torch.bmm(weights, value.transpose(0, 1)).transpose(0, 1)
+
+
+def edges_of(nodes, neighbours):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(nodes).repeat_interleave(neighbours)
+    sources = torch.cat([torch.randperm(nodes, generator=generator)[:neighbours] for _ in range(nodes)])
+    return torch.stack([sources, targets])
+
+
+def make_inputs(nodes, heads, features, device):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (nodes, heads, features), (nodes, heads), (nodes, heads)
+    leaves = [torch.randn(shape, generator=generator).to(device).requires_grad_() for shape in shapes]
+    return [(*leaves, torch.randn(shapes[0], generator=generator).to(device))] * 3
+
+
+def training(attend):
+    def step(*arguments):
+        *leaves, incoming = arguments
+        for leaf in leaves:
+            leaf.grad = None
+        attend(*leaves).backward(incoming)
+
+    return step
+
+
+def assert_same_results(contestants, leaves, incoming):
+    results = [torch.autograd.grad(attend(*leaves), leaves, incoming) for attend in contestants.values()]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-3, atol=1e-3)
+
+
+def rounds_for(nodes, quick):
+    """Few for large graphs: a dense step over 9605 labels takes seconds."""
+    return 3 if nodes > 5000 else 7 if quick else 31
+
+
+def gatconv(layer, heads, features):
+    """torch_geometric's layer with the same weights."""
+    geometric = pytest.importorskip("torch_geometric.nn", reason="torch_geometric is not installed")
+    peer = geometric.GATConv(IN_FEATURES, features, heads, add_self_loops=False, bias=False)
+    peer.load_state_dict(layer.state_dict())
+    return peer
+
+
+def in_microseconds(medians):
+    return {name: round(value * 1e6, 1) for name, value in medians.items()}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def bench_graph_attention(benchmark, record, device, bandwidth, quick, size):
+    if quick and size != QUICK:
+        pytest.skip("left out of --quick")
+    torch._dynamo.reset()
+    nodes, heads, features, neighbours = SIZES[size]
+    graph = Graph.from_edges(edges_of(nodes, neighbours), nodes).to(device)
+    mask, inputs = graph.to_dense(), make_inputs(nodes, heads, features, device)
+    given = mask if "mask" in size else graph
+    compiled = torch.compile(plain)
+    contestants = {
+        "mlfast": lambda *leaves: graph_attention(*leaves, given),
+        "eager": lambda *leaves: plain(*leaves, mask),
+        "compile": lambda *leaves: compiled(*leaves, mask),
+    }
+    *leaves, incoming = inputs[0]
+    assert_same_results(contestants, leaves, incoming)
+    steps = {name: training(attend) for name, attend in contestants.items()}
+    medians = race(benchmark, steps, inputs, "mlfast", rounds_for(nodes, quick))
+    # Per edge a vector is read forward and one backward; per node there are two vectors forward, three backward.
+    moved = 4 * features * heads * (2 * graph.num_edges + 5 * nodes)
+    record(
+        op="graph_attention",
+        case=f"{size} training",
+        size=size,
+        mode="training",
+        bytes=moved,
+        median_us=in_microseconds(medians),
+        percent_of_copy_bandwidth=round(100 * moved / medians["mlfast"] / bandwidth, 1),
+    )
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if "mask" not in size])
+def bench_graph_attention_layer(benchmark, record, device, quick, size):
+    if quick and size != QUICK:
+        pytest.skip("left out of --quick")
+    nodes, heads, features, neighbours = SIZES[size]
+    edges = edges_of(nodes, neighbours).to(device)
+    graph = Graph.from_edges(edges, nodes)
+    layer = GraphAttention(IN_FEATURES, features, heads).to(device)
+    peer = gatconv(layer, heads, features).to(device)
+    x, incoming = torch.randn(nodes, IN_FEATURES, device=device), torch.randn(nodes, heads * features, device=device)
+
+    def step(module, neighbourhood):
+        def run():
+            module.zero_grad()
+            module(x, neighbourhood).backward(incoming)
+            return [parameter.grad for parameter in module.parameters()]
+
+        return run
+
+    steps = {"mlfast": step(layer, graph), "GATConv": step(peer, edges)}
+    for name, mine, theirs in zip(dict(layer.named_parameters()), *(run() for run in steps.values()), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item(), msg=name)
+    medians = race(benchmark, steps, [()] * 3, "mlfast", rounds_for(nodes // 2, quick))
+    # No " training" in the case: the README's table of ops holds eager and compiled PyTorch, which are not here.
+    record(op="graph_attention_layer", case=size, size=size, mode="layer", median_us=in_microseconds(medians))

@@ -1,0 +1,223 @@
+// graph_attention with a mask that has many edges: blocks of rows of the attention weights, for products by a matrix
+// library, and the gradient by their logits.
+//
+// A row, or a tile of columns where columns are added up, belongs to one thread, so results are bit-equal for any
+// number of threads.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "attention_weights.h"
+#include "graph_attention.h"
+#include "parallel.h"
+
+namespace mlfast::cpu {
+namespace {
+
+// A weight costs less than an element of a loss, for which threads_for was made.
+constexpr int64_t kWeightsPerLoss = 4;
+constexpr int64_t kColumnTile = 512;
+// Scores of a head that lie further apart lose digits when exponentials are factorised: half of ulp(16) is 5e-7.
+constexpr double kWidestSpread = 16;
+
+template <typename T>
+struct Range {
+  T smallest, largest;
+};
+
+template <typename T>
+MLFAST_SIMD Range<T> range_of(const T* __restrict x, const bool* __restrict mask, int64_t n) {
+  T smallest = std::numeric_limits<T>::infinity(), largest = -smallest;
+#pragma omp simd reduction(min : smallest) reduction(max : largest)
+  for (int64_t j = 0; j < n; ++j) {
+    const T low = mask[j] ? x[j] : std::numeric_limits<T>::infinity();
+    const T high = mask[j] ? x[j] : -std::numeric_limits<T>::infinity();
+    smallest = low < smallest ? low : smallest;
+    largest = high > largest ? high : largest;
+  }
+  return {smallest, largest};
+}
+
+// e^x for x <= 0. The rounding of the argument to T, many units in the last place of the result where x is far below 0,
+// is put back: it would be common to a column of weights, whose gradient adds it up.
+template <typename T>
+MLFAST_HD T exp_precise(double x) {
+  const T rounded = static_cast<T>(x), lost = static_cast<T>(x - static_cast<double>(rounded));
+  return math::exp_nonpositive(rounded) * (T(1) + (rounded < T(-87) ? T(0) : lost));
+}
+
+// exp(x - largest) and exp(slope * (x - largest)).
+template <typename T>
+MLFAST_SIMD void exponentials(const T* __restrict x, double largest, double slope, T* __restrict rising,
+                              T* __restrict falling, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    const double difference = static_cast<double>(x[j]) - largest;
+    rising[j] = exp_precise<T>(difference);
+    falling[j] = exp_precise<T>(slope * difference);
+  }
+}
+
+// weights = exp(leaky(own + src) - the row's largest logit) where the mask is set, from factors of either branch of
+// leaky.
+template <typename T>
+MLFAST_SIMD T combine(const T* __restrict src, T own, const T* __restrict rising, T up, const T* __restrict falling,
+                      T down, const bool* __restrict mask, T* __restrict weights, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) {
+    const T above = rising[j] * up, below = falling[j] * down;
+    const T weight = own + src[j] > T(0) ? above : below;
+    weights[j] = mask[j] ? weight : T(0);
+    sum += weights[j];
+  }
+  return sum;
+}
+
+// The same for scores that cannot be factorised.
+template <typename T>
+MLFAST_SIMD T combine_any(const T* __restrict src, double own, double slope, double largest,
+                          const bool* __restrict mask, T* __restrict weights, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) {
+    const T weight = exp_precise<T>(logit_below_largest(own, static_cast<double>(src[j]), largest, slope));
+    weights[j] = mask[j] ? weight : T(0);
+    sum += weights[j];
+  }
+  return sum;
+}
+
+template <typename T>
+MLFAST_SIMD void scale(T* __restrict x, T factor, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) x[j] *= factor;
+}
+
+template <typename T>
+MLFAST_SIMD void drop(Keep<T> keep, uint32_t head, uint32_t row, T* __restrict x, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) x[j] *= keep.factor(head, row, static_cast<uint32_t>(j));
+}
+
+template <typename T>
+MLFAST_SIMD void add(const T* __restrict x, T* __restrict to, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) to[j] += x[j];
+}
+
+// The scores of one head, and their exponentials where these serve.
+template <typename T>
+struct HeadScores {
+  int64_t nodes;
+  double slope;
+  const T *src, *dst;
+  T largest;
+  bool factorised;
+  std::vector<T> rising, falling;
+
+  HeadScores(const Attention& a, int64_t head, const bool* everyone)
+      : nodes(a.nodes),
+        slope(a.negative_slope),
+        src(static_cast<const T*>(a.score_src) + head * a.nodes),
+        dst(static_cast<const T*>(a.score_dst) + head * a.nodes) {
+    const Range<T> range = range_of(src, everyone, nodes);
+    largest = range.largest;
+    factorised = range.largest - range.smallest <= T(kWidestSpread) && slope <= 1;
+    if (!factorised) return;
+    rising.resize(static_cast<size_t>(nodes));
+    falling.resize(static_cast<size_t>(nodes));
+    exponentials(src, largest, slope, rising.data(), falling.data(), nodes);
+  }
+
+  // The weights of row i over the neighbours in its mask: they add up to 1, or are 0 where it has none.
+  void row(int64_t i, const bool* mask, T* weights) const {
+    if (memchr(mask, 1, static_cast<size_t>(nodes)) == nullptr) {
+      std::fill_n(weights, nodes, T(0));
+      return;
+    }
+    const T highest = range_of(src, mask, nodes).largest;
+    T sum;
+    if (factorised && std::isfinite(dst[i])) {
+      const double own = dst[i], top = own + highest, peak = top > 0 ? top : slope * top;
+      const T up = static_cast<T>(std::exp(static_cast<double>(largest) - highest));
+      const T down = static_cast<T>(std::exp(slope * (own + largest) - peak));
+      sum = combine(src, dst[i], rising.data(), up, falling.data(), down, mask, weights, nodes);
+    } else {
+      sum = combine_any(src, dst[i], slope, highest, mask, weights, nodes);
+    }
+    scale(weights, T(1) / sum, nodes);
+  }
+};
+
+// Calls body(i) for i in [0, n), on as many threads as `weights` in all deserve.
+template <typename Body>
+void for_each(int64_t n, int64_t weights, const Body& body) {
+  const int threads = threads_for(weights / kWeightsPerLoss);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t i = 0; i < n; ++i) {
+    const FlushSubnormals flush;
+    body(i);
+  }
+}
+
+template <typename T>
+void dense_weights(const Attention& a, const DenseRows& block) {
+  const std::vector<uint8_t> ones(static_cast<size_t>(a.nodes), 1);
+  const bool* everyone = reinterpret_cast<const bool*>(ones.data());
+  const Keep<T> keep(a);
+  for (int64_t head = 0; head < a.heads; ++head) {
+    const HeadScores<T> scores(a, head, everyone);
+    T* weights = static_cast<T*>(block.weights) + head * block.rows * a.nodes;
+    for_each(block.rows, block.rows * a.nodes, [&](int64_t r) {
+      const int64_t i = block.first + r;
+      T* row = weights + r * a.nodes;
+      scores.row(i, block.mask ? block.mask + i * a.nodes : everyone, row);
+      if (a.seed) drop(keep, static_cast<uint32_t>(head), static_cast<uint32_t>(i), row, a.nodes);
+    });
+  }
+}
+
+template <typename T>
+void dense_backward(const Attention& a, const DenseRows& block, const DenseRowsBackward& grads) {
+  const int64_t nodes = a.nodes, size = block.rows * nodes;
+  const Keep<T> keep(a);
+  auto* grad_src = static_cast<T*>(grads.grad_score_src);
+  auto* grad_dst = static_cast<T*>(grads.grad_score_dst);
+  for_each(a.heads * block.rows, a.heads * size, [&](int64_t at) {
+    const int64_t head = at / block.rows, i = block.first + at % block.rows;
+    T* weights = static_cast<T*>(block.weights) + at * nodes;
+    T* grad = static_cast<T*>(grads.grad) + at * nodes;
+    const auto of_head = static_cast<uint32_t>(head), of_row = static_cast<uint32_t>(i);
+    if (a.seed) drop(keep, of_head, of_row, grad, nodes);
+    const T* src = static_cast<const T*>(a.score_src) + head * nodes;
+    const T own = static_cast<const T*>(a.score_dst)[head * nodes + i];
+    grad_dst[head * nodes + i] = logit_gradients(weights, src, own, a.negative_slope, grad, nodes);
+    if (a.seed) drop(keep, of_head, of_row, weights, nodes);
+  });
+  const int64_t tiles = (nodes + kColumnTile - 1) / kColumnTile;
+  for_each(a.heads * tiles, a.heads * size, [&](int64_t at) {
+    const int64_t head = at / tiles, first = at % tiles * kColumnTile, n = std::min(kColumnTile, nodes - first);
+    const T* grad = static_cast<const T*>(grads.grad) + head * size + first;
+    T sum[kColumnTile] = {};
+    for (int64_t r = 0; r < block.rows; ++r) add(grad + r * nodes, sum, n);
+    add(sum, grad_src + head * nodes + first, n);
+  });
+}
+
+}  // namespace
+
+void graph_attention_dense_weights(const Attention& attention, const DenseRows& block) {
+  if (attention.type == DType::kFloat64)
+    dense_weights<double>(attention, block);
+  else
+    dense_weights<float>(attention, block);
+}
+
+void graph_attention_dense_backward(const Attention& attention, const DenseRows& block,
+                                    const DenseRowsBackward& grads) {
+  if (attention.type == DType::kFloat64)
+    dense_backward<double>(attention, block, grads);
+  else
+    dense_backward<float>(attention, block, grads);
+}
+
+}  // namespace mlfast::cpu

@@ -1,0 +1,245 @@
+"""graph_attention by products of whole matrices, a block of rows of the attention weights at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlfast.backends import _native, choose
+from mlfast.ops._dtypes import CODES, computing_dtype
+from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
+
+BLOCK = 2**21  # attention weights that exist at a time: in float32 8 MB, and backward as much again
+
+
+# -------------------------------------------------------------------------------------------------- kernel launches
+
+
+def row_blocks(nodes: int, heads: int) -> Iterator[slice]:
+    """Rows whose attention weights are computed together."""
+    rows = max(1, BLOCK // max(nodes * heads, 1))
+    return (slice(first, min(first + rows, nodes)) for first in range(0, nodes, rows))
+
+
+def launch(
+    backend: str,
+    value: Tensor,
+    score_src: Tensor,
+    score_dst: Tensor,
+    mask: Tensor | None,
+    negative_slope: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """The result. Products with ``out=`` stay in the computing type under autocast."""
+    nodes, heads, features = value.shape
+    dtype = computing_dtype(value.dtype)
+    by_head, src, dst = (by_heads(t, dtype) for t in (value, score_src, score_dst))
+    mask = None if mask is None else mask.contiguous()
+    out = src.new_empty(heads, nodes, features)
+    for rows in row_blocks(nodes, heads) if value.numel() > 0 else ():
+        weights = src.new_empty(heads, rows.stop - rows.start, nodes)
+        WEIGHTS[backend](src, dst, (negative_slope, dropout), seed, rows.start, mask, weights)
+        torch.bmm(weights, by_head, out=out[:, rows])
+    return by_nodes(out, value)
+
+
+@torch.no_grad()  # products with out= refuse where a graph is built, as for create_graph=True
+def launch_backward(
+    backend: str,
+    grad_out: Tensor,
+    value: Tensor,
+    score_src: Tensor,
+    score_dst: Tensor,
+    mask: Tensor | None,
+    negative_slope: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by value and scores."""
+    nodes, heads, features = value.shape
+    dtype, numbers = computing_dtype(value.dtype), (negative_slope, dropout)
+    by_head, src, dst = (by_heads(t, dtype) for t in (value, score_src, score_dst))
+    mask = None if mask is None else mask.contiguous()
+    grad_out, grad_value = by_heads(grad_out, dtype), src.new_zeros(heads, nodes, features)
+    grad_src, grad_dst = torch.zeros_like(src), torch.zeros_like(dst)
+    for rows in row_blocks(nodes, heads) if value.numel() > 0 else ():
+        weights, grad = (src.new_empty(heads, rows.stop - rows.start, nodes) for _ in range(2))
+        WEIGHTS[backend](src, dst, (negative_slope, 0.0), None, rows.start, mask, weights)
+        torch.bmm(grad_out[:, rows], by_head.transpose(1, 2), out=grad)
+        BACKWARD[backend](src, dst, numbers, seed, rows.start, weights, grad, grad_src, grad_dst)
+        grad_value.baddbmm_(weights.transpose(1, 2), grad_out[:, rows])
+    return by_nodes(grad_value, value), by_nodes(grad_src, score_src), by_nodes(grad_dst, score_dst)
+
+
+def by_heads(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """[K, H, ...] as the kernels and the products take it: [H, K, ...] in the computing type."""
+    return tensor.transpose(0, 1).to(dtype).contiguous().resolve_neg()
+
+
+def by_nodes(tensor: Tensor, like: Tensor) -> Tensor:
+    """The way back."""
+    return tensor.transpose(0, 1).to(like.dtype).contiguous()
+
+
+def _arguments(src: Tensor, dst: Tensor, numbers: tuple[float, float], seed: Tensor | None) -> tuple:
+    heads, nodes = src.shape
+    return CODES[src.dtype], nodes, heads, *numbers, _address(seed), src.data_ptr(), dst.data_ptr()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _weights_cpu(
+    src: Tensor,
+    dst: Tensor,
+    numbers: tuple[float, float],
+    seed: Tensor | None,
+    first: int,
+    mask: Tensor | None,
+    weights: Tensor,
+) -> None:
+    arguments = *_arguments(src, dst, numbers, seed), first, weights.shape[1]
+    _native.graph_attention_dense_weights_cpu(*arguments, _address(mask), weights.data_ptr())
+
+
+def _backward_cpu(
+    src: Tensor,
+    dst: Tensor,
+    numbers: tuple[float, float],
+    seed: Tensor | None,
+    first: int,
+    weights: Tensor,
+    *grads: Tensor,
+) -> None:
+    arguments = *_arguments(src, dst, numbers, seed), first, weights.shape[1]
+    _native.graph_attention_dense_backward_cpu(*arguments, weights.data_ptr(), *map(_address, grads))
+
+
+def _weights_triton(*arguments: Any) -> None:
+    from mlfast.kernels.graph_attention_dense import dense_weights
+
+    dense_weights(*arguments)
+
+
+def _backward_triton(*arguments: Any) -> None:
+    from mlfast.kernels.graph_attention_dense import dense_backward
+
+    dense_backward(*arguments)
+
+
+WEIGHTS = {"cpu": _weights_cpu, "triton": _weights_triton}
+BACKWARD = {"cpu": _backward_cpu, "triton": _backward_triton}
+
+
+# ------------------------------------------------------------------------------------------------ autograd.Function
+
+
+class DenseAttentionFunction(torch.autograd.Function):
+    """Keeps its inputs alone; backward computes the attention weights anew, block by block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        score_src: Tensor,
+        score_dst: Tensor,
+        mask: Tensor | None,
+        negative_slope: float,
+        dropout: float,
+        seed: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        """Value [K, H, F] and scores [K, H] to [K, H, F]."""
+        ctx.save_for_backward(value, score_src, score_dst, mask)
+        ctx.call = backend, negative_slope, dropout, seed
+        return launch(backend, value, score_src, score_dst, mask, negative_slope, dropout, seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients by value and scores."""
+        backend, *numbers = ctx.call
+        grads: tuple[Tensor, ...] = launch_backward(backend, grad_out, *ctx.saved_tensors, *numbers)
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = tuple(map(without_second_derivative, grads))
+        return (
+            *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+# ---------------------------------------------------------------------------------------------- under torch.compile
+
+_INPUTS = (
+    "Tensor value, Tensor score_src, Tensor score_dst, Tensor? mask, float negative_slope, float dropout, Tensor? seed"
+)
+torch.library.define("mlfast::graph_attention_dense", f"({_INPUTS}) -> Tensor")
+torch.library.define(
+    "mlfast::graph_attention_dense_backward",
+    f"(Tensor grad_out, {_INPUTS}) -> (Tensor grad_value, Tensor grad_score_src, Tensor grad_score_dst)",
+)
+
+
+@torch.library.impl("mlfast::graph_attention_dense", ["CPU", "CUDA"])
+def _run(value: Tensor, *rest: Any) -> Tensor:
+    return launch(choose(value.device, ("cpu", "triton")), value, *rest)
+
+
+@torch.library.register_fake("mlfast::graph_attention_dense")
+def _fake(value: Tensor, *rest: Any) -> Tensor:
+    return value.new_empty(value.shape)
+
+
+@torch.library.impl("mlfast::graph_attention_dense_backward", ["CPU", "CUDA"])
+def _run_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_backward(choose(grad_out.device, ("cpu", "triton")), grad_out, *rest)
+
+
+@torch.library.register_fake("mlfast::graph_attention_dense_backward")
+def _fake_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in rest[:3])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.negative_slope, ctx.dropout, seed = inputs
+    ctx.save_for_backward(*tensors, seed)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, seed = ctx.saved_tensors
+    grads = torch.ops.mlfast.graph_attention_dense_backward(grad_out, *tensors, ctx.negative_slope, ctx.dropout, seed)
+    return *grads, None, None, None, None
+
+
+torch.library.register_autograd("mlfast::graph_attention_dense", _backward, setup_context=_save)
+torch.library.register_autograd("mlfast::graph_attention_dense_backward", NoSecondDerivative.backward)
+
+
+# ------------------------------------------------------------------------------------------------------------ route
+
+
+def dense_attention(
+    backend: str,
+    value: Tensor,
+    score_src: Tensor,
+    score_dst: Tensor,
+    mask: Tensor | None,
+    negative_slope: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """graph_attention on a kernel backend; the arguments have been checked, ``mask`` is bool [K, K] or None."""
+    arguments = value, score_src, score_dst, mask, negative_slope, dropout, seed
+    if torch.compiler.is_compiling() or type(value) is not Tensor:  # a subclass finds its way by the dispatcher
+        return torch.ops.mlfast.graph_attention_dense(*arguments)
+    if torch.is_grad_enabled() and (value.requires_grad or score_src.requires_grad or score_dst.requires_grad):
+        return DenseAttentionFunction.apply(*arguments, backend)
+    return launch(backend, *arguments)

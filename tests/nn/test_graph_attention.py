@@ -1,0 +1,83 @@
+"""GraphAttention: against torch_geometric's layer with the same weights, and as a module."""
+
+import copy
+
+import pytest
+import torch
+
+import mlfast
+from mlfast.graph import Graph
+from mlfast.nn import GraphAttention
+
+EDGES = torch.randint(12, (2, 40), generator=torch.Generator().manual_seed(0)).unique(dim=1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("size", [7, 20])  # fewer than nodes, and more
+def test_is_gatconv(size, heads, bias):
+    geometric = pytest.importorskip("torch_geometric.nn", reason="torch_geometric is not installed")
+    torch.manual_seed(0)
+    options = dict(add_self_loops=False, negative_slope=0.3, bias=bias)
+    theirs = geometric.GATConv(size, 5, heads, **options).double()
+    layer = GraphAttention(size, 5, heads, negative_slope=0.3, bias=bias).double()
+    layer.load_state_dict(theirs.state_dict())
+    inputs = [torch.randn(12, size, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    inputs[1].data.copy_(inputs[0].data)
+    graph = Graph.from_edges(EDGES, 12)
+    out, expected = layer(inputs[0], graph), theirs(inputs[1], EDGES)
+    torch.testing.assert_close(out, expected)
+    incoming = torch.randn_like(out)
+    out.backward(incoming)
+    expected.backward(incoming)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    for (name, mine), (other, parameter) in zip(layer.named_parameters(), theirs.named_parameters(), strict=True):
+        assert name == other
+        torch.testing.assert_close(mine.grad, parameter.grad)
+
+
+def test_graphs_as_tensors_and_complete():
+    layer, x, graph = GraphAttention(7, 5, 2), torch.randn(12, 7), Graph.from_edges(EDGES, 12)
+    torch.testing.assert_close(layer(x, graph.to_dense()), layer(x, graph))
+    torch.testing.assert_close(layer(x), layer(x, torch.ones(12, 12)))
+
+
+def test_dropout_in_training_only():
+    layer, x = GraphAttention(7, 5, dropout=0.5), torch.randn(12, 7)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_scores_are_float32_under_autocast():
+    layer, x = GraphAttention(7, 5), torch.randn(12, 7)
+    expected = layer.scores(x, layer.lin(x).unflatten(1, (1, 5)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        torch.testing.assert_close(layer.scores(x, layer.lin(x).unflatten(1, (1, 5))), expected, rtol=0, atol=0)
+        few = layer.scores(x[:5], layer.lin(x[:5]).unflatten(1, (1, 5)))
+        assert few[0].dtype == few[1].dtype == torch.float32
+    assert copy.deepcopy(layer).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_initialisation_as_in_the_released_code_of_the_gat_paper():
+    torch.manual_seed(0)
+    layer = GraphAttention(300, 200, 4, bias=True)
+    limit = 1.414 * (6 / (300 + 800)) ** 0.5
+    assert 0.98 * limit < layer.lin.weight.abs().max() <= limit
+    assert layer.bias.count_nonzero() == 0
+
+
+def test_module():
+    layer = mlfast.GraphAttention(7, 5, 2, dropout=0.1)
+    assert "in_features=7, out_features=5, num_heads=2" in repr(layer)
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
+        "lin.weight": (10, 7),
+        "att_src": (1, 2, 5),
+        "att_dst": (1, 2, 5),
+    }
+    with pytest.raises(ValueError, match=r"GraphAttention expects \[K, 7\], got \[3, 6\]"):
+        layer(torch.ones(3, 6))
+    for wrong in (dict(num_heads=0), dict(dropout=1.0), dict(negative_slope=-1.0)):
+        with pytest.raises(ValueError, match="GraphAttention needs"):
+            GraphAttention(**(dict(in_features=7, out_features=5) | wrong))

@@ -67,7 +67,7 @@ def test_bench_runs_the_folder_of_the_checkout(monkeypatch):
 
 
 def test_bench_without_a_checkout_says_how_to_get_it(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "mlfast" / "cli.py"))
+    monkeypatch.setattr("mlfast.cli.bench.__file__", str(tmp_path / "mlfast" / "cli" / "bench.py"))
     assert cli.main(["bench"]) == 2
     assert 'pip install --editable ".[bench]"' in capsys.readouterr().err
 

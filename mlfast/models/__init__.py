@@ -1,4 +1,4 @@
-"""Backbone and head, put together to one multi-label classifier."""
+"""Backbone, head and graph branch, put together to one multi-label classifier."""
 
 from mlfast.models.classifier import MultilabelClassifier, create_model
 

@@ -1,30 +1,41 @@
-"""A timm backbone and a multi-label head as one model whose scores are probabilities."""
+"""A timm backbone, a multi-label head and perhaps a graph branch as one model whose scores are probabilities."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-from typing import Any
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mlfast.nn.cosine_linear import CosineLinear
-from mlfast.torchvision_compat import import_torchvision
+from mlfast.models.backbone import create_backbone, extract_features, probe_features
+from mlfast.models.heads import HEADS, create_head
+from mlfast.nn.ml_decoder import MLDecoder
+from mlfast.ops.reweight_pool import reweight_pool
 
-HEADS = ("gap",)
+
+class GraphBranch(Protocol):
+    """What `create_model` takes as ``graph``: a module that knows one weight per channel, whatever the image."""
+
+    def weight(self) -> Tensor:
+        """The channel weights ``[S]``; constant in evaluation mode."""
 
 
 class MultilabelClassifier(nn.Module):
-    """Backbone, global average pooling, and one cosine (or logit) per class.
+    """Backbone, perhaps channel weights of a graph branch, head: one cosine (or logit) per class.
 
     Made by `create_model`. Calling the model gives what the loss takes: cosines, or logits when ``cosine=False``.
     `probabilities` turns them into scores with the loss's scale already applied, so that whoever reads the scores
     need not know ``s``.
 
     Args:
-        backbone: a module with ``forward_features``: images ``[B, 3, H, W]`` to a feature map ``[B, C, h, w]``.
-        classifier: maps pooled features ``[B, C]`` to ``[B, K]``.
+        backbone: a module with ``forward_features``: images ``[B, 3, H, W]`` to a feature map ``[B, S, h, w]``, or to
+            tokens ``[B, N, S]`` where the head takes them.
+        classifier: maps features, or with ``pooled`` their pooling ``[B, S]``, to ``[B, K]``.
+        pooled: whether positions are pooled before the classifier: their mean, or with a graph branch the mean plus
+            the maximum of the weighted features (`mlfast.functional.reweight_pool`).
+        graph: None, or a module whose method ``weight()`` gives the channel weights ``[S]``.
         scale: the loss's ``s``; 1 for logits.
         mean, std: per-channel statistics of images in [0, 1] which the backbone expects.
 
@@ -33,15 +44,26 @@ class MultilabelClassifier(nn.Module):
     """
 
     backbone: Any
+    graph_branch: Any
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, backbone: nn.Module, classifier: nn.Module, *, scale: float, mean: Sequence[float], std: Sequence[float]
+        self,
+        backbone: nn.Module,
+        classifier: nn.Module,
+        *,
+        pooled: bool = True,
+        graph: nn.Module | None = None,
+        scale: float,
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.graph_branch = graph  # an exported module has a graph of its own
         self.classifier = classifier
+        self.pooled = pooled
         self.scale = float(scale)
         # Not persistent: they are written to config.json, where other programs can read them.
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
@@ -55,11 +77,45 @@ class MultilabelClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images ``[B, 3, H, W]`` to cosines (or logits) ``[B, K]``."""
-        return self.classifier(self.backbone.forward_features(images).mean(dim=(2, 3)))
+        features = extract_features(self.backbone, images)
+        if self.graph_branch is not None:
+            weight = self.graph_branch.weight()
+            features = reweight_pool(features, weight) if self.pooled else _reweight(features, weight)
+        elif self.pooled:
+            features = features.mean(dim=(2, 3))
+        return self.classifier(features)
 
     def probabilities(self, output: Tensor) -> Tensor:
         """Map what the model returned to probabilities: ``sigmoid(scale * output)``, same shape, at least float32."""
         return torch.sigmoid(self.scale * output.to(torch.promote_types(output.dtype, torch.float32)))
+
+    @torch.no_grad()
+    def fold(self) -> MultilabelClassifier:
+        """A copy for inference, in evaluation mode, in which all that is the same for every image is a constant.
+
+        That is the query side of an ML-Decoder, and the weights of a graph branch. Call it when the weights are final:
+        the copy shares no memory with this model, and its ``state_dict`` has other names.
+        """
+        folded = copy.deepcopy(self).eval().requires_grad_(False)
+        if folded.graph_branch is not None:
+            folded.graph_branch = ConstantWeight(folded.graph_branch.weight())
+        if isinstance(folded.classifier, MLDecoder):
+            folded.classifier = folded.classifier.fold()
+        return folded
+
+
+class ConstantWeight(nn.Module):
+    """What a graph branch is at inference: channel weights ``[S]``."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value.detach().clone())
+
+    def weight(self) -> Tensor:
+        """The channel weights ``[S]``."""
+        return self.value
 
 
 def create_model(
@@ -67,18 +123,29 @@ def create_model(
     num_classes: int,
     *,
     head: str = "gap",
+    head_args: Mapping[str, Any] | None = None,
+    graph: nn.Module | None = None,
     cosine: bool = True,
+    image_size: int | None = None,
     scale: float | None = None,
     pretrained: bool = False,
     **backbone_args: Any,
 ) -> MultilabelClassifier:
-    """Build a multi-label classifier on a timm backbone.
+    """Build a multi-label classifier on a timm backbone. ``docs/models.md`` compares the heads.
 
     Args:
-        backbone: name of a timm model with a spatial feature map, such as ``"resnet50"``.
+        backbone: name of a timm model, such as ``"resnet50"``. The heads need a spatial feature map; ``"ml_decoder"``
+            also takes the tokens of a vision transformer.
         num_classes: number K of labels.
-        head: ``"gap"``, global average pooling and one weight vector per class.
-        cosine: normalise features and weights, for angular losses; otherwise a linear layer that gives logits.
+        head: ``"gap"``, global average pooling and one weight vector per class; ``"ml_decoder"``, `mlfast.MLDecoder`;
+            ``"q2l"``, `mlfast.Query2Label`; or ``"csra"``, `mlfast.CSRA`.
+        head_args: arguments for the head, such as ``{"num_groups": 20}``.
+        graph: a branch that re-weights the channels: a module whose method ``weight()`` gives ``[S]`` for the S
+            channels of the backbone, the same for every image. With the head ``"gap"`` the pooling is then mean plus
+            maximum.
+        cosine: normalise features and weights, for angular losses; otherwise the head gives logits.
+        image_size: height and width of the images, for backbones that are built for one size (ViT, Swin); by default
+            the one they were published with. Others take any size.
         scale: the ``s`` of the loss, used by `MultilabelClassifier.probabilities`. By default 23 (the default of
             ``mlfast.AAMLoss``) for cosines and 1 for logits.
         pretrained: load timm's published weights into the backbone.
@@ -88,54 +155,42 @@ def create_model(
         A model on the CPU, in training mode. Its ``mean`` and ``std`` are those the backbone was published with.
 
     Raises:
-        ValueError: unknown backbone (close matches are named), unknown head, or a backbone without a feature map.
+        ValueError: unknown backbone (close matches are named), unknown head, features that the head does not take,
+            arguments or a graph branch that do not fit.
         ImportError: timm or torchvision is missing; the message names the remedy.
     """
     if head not in HEADS:
         raise ValueError(f"unknown head {head!r}; available: {', '.join(map(repr, HEADS))}")
-    body = _create_backbone(backbone, pretrained, backbone_args)
-    channels = _feature_channels(body, backbone)
-    classifier = CosineLinear(channels, num_classes) if cosine else nn.Linear(channels, num_classes)
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    body = create_backbone(backbone, pretrained=pretrained, image_size=image_size, arguments=backbone_args)
+    channels, is_map = probe_features(body, backbone, image_size)
+    classifier = create_head(
+        head, (channels, is_map), num_classes, cosine=cosine, arguments=head_args or {}, backbone=backbone
+    )
+    if graph is not None:
+        _check_graph(graph, channels, backbone)
     if scale is None:
         scale = 23.0 if cosine else 1.0
     mean, std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
-    return MultilabelClassifier(body, classifier, scale=scale, mean=mean, std=std)
+    return MultilabelClassifier(body, classifier, pooled=head == "gap", graph=graph, scale=scale, mean=mean, std=std)
 
 
-def _create_backbone(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
-    import_torchvision()
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('timm is not installed: pip install "mlfast[train]"', name="timm") from error
-    architecture = name.split(".")[0]
-    if ":" not in name and not timm.is_model(architecture):  # a colon: a hub or folder address, which timm resolves
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=4)
-        hint = f"did you mean {', '.join(map(repr, near))}?" if near else "timm.list_models('*name*') searches them."
-        raise ValueError(f"unknown backbone {name!r}; {hint}")
-    try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **arguments)
-    except TypeError as error:
-        raise ValueError(f"backbone {name!r} does not take these arguments {sorted(arguments)}: {error}") from error
-    except RuntimeError as error:
-        if "Invalid pretrained tag" not in str(error):
-            raise
-        tags = ", ".join(map(repr, timm.list_pretrained(f"{architecture}.*"))) or repr(architecture)
-        raise ValueError(f"unknown pretrained tag in backbone {name!r}; available: {tags}") from error
+def _reweight(features: Tensor, weight: Tensor) -> Tensor:
+    """Channel weights ``[S]`` times a map ``[B, S, h, w]`` or tokens ``[B, N, S]``."""
+    return features * (weight[:, None, None] if features.dim() == 4 else weight)
 
 
 @torch.no_grad()
-def _feature_channels(backbone: Any, name: str) -> int:
-    """The channels of the feature map, by a look at one: timm's num_features is the head's width in some families."""
-    config = backbone.pretrained_cfg
-    size = config["input_size"] if config.get("fixed_input_size") else (3, 64, 64)
-    was_training = backbone.training
-    features = backbone.eval().forward_features(torch.zeros(1, *size))
-    backbone.train(was_training)
-    if not isinstance(features, Tensor) or features.ndim != 4 or getattr(backbone, "output_fmt", "NCHW") != "NCHW":
-        got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+def _check_graph(graph: Any, channels: int, backbone: str) -> None:
+    weight = getattr(graph, "weight", None)
+    if not isinstance(graph, nn.Module) or not callable(weight):
         raise ValueError(
-            f"backbone {name!r} gives features {got}, but the head needs a feature map [B, channels, height, width]; "
-            "choose a convolutional backbone, such as 'resnet50' or 'tf_efficientnetv2_s'"
+            f"graph must be a module with a method weight() that gives [{channels}], got {type(graph).__name__}"
         )
-    return features.shape[1]
+    shape = list(weight().shape)
+    if shape != [channels]:
+        raise ValueError(
+            f"graph.weight() gives {shape}, but backbone {backbone!r} has {channels} channels; "
+            f"make the branch with {channels} outputs"
+        )

@@ -39,14 +39,19 @@ def output_dtype(x: Tensor, weight: Tensor, cosine: bool) -> torch.dtype:
     dtype = torch.promote_types(x.dtype, weight.dtype)
     if cosine:
         return computing_dtype(dtype)
-    if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if dtype != torch.float64 and autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return dtype
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on; the meta device, on which models are counted, knows none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def without_autocast(device_type: str) -> Any:
     """A context in which operations have the dtype of their arguments."""
-    if torch.is_autocast_enabled(device_type):
+    if autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

@@ -56,6 +56,7 @@ def describe_model(config: TrainConfig, model: MultilabelClassifier, classes: Se
         "backbone": config.backbone,
         "backbone_args": config.backbone_args,
         "head": config.head,
+        "head_args": config.head_args,
         "classes": list(classes),
         "scale": config.scale,
         "image_size": config.image_size,
@@ -106,6 +107,8 @@ def load_model(folder: str | Path) -> tuple[MultilabelClassifier, dict[str, Any]
         description["backbone"],
         len(description["classes"]),
         head=description["head"],
+        head_args=description.get("head_args"),  # older files have none
+        image_size=description["image_size"],
         scale=description["scale"],
         **description["backbone_args"],
     )

@@ -66,7 +66,12 @@ class TrainConfig:
     backbone_args: dict[str, Any] = field(
         default_factory=dict, metadata=_about("Model", "arguments for timm.create_model, as YAML or JSON")
     )
-    head: Literal["gap"] = _option("gap", "Model", "gap: global average pooling, then a cosine per class")
+    head: Literal["gap", "ml_decoder", "q2l", "csra"] = _option(
+        "gap", "Model", "gap (global average pooling), ml_decoder, q2l or csra"
+    )
+    head_args: dict[str, Any] = field(
+        default_factory=dict, metadata=_about("Model", "arguments for the head, as YAML or JSON; see docs/models.md")
+    )
     pretrained: bool = _option(False, "Model", "start from timm's published weights (downloads them)")
 
     scale: float = _option(20.0, "Loss", "s, which multiplies the cosine", _above(0))

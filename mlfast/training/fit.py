@@ -106,6 +106,8 @@ def _create_trainer(config: TrainConfig, run_dir: Path, quiet: bool, state: dict
         config.backbone,
         len(train.classes),
         head=config.head,
+        head_args=config.head_args,
+        image_size=config.image_size,
         scale=config.scale,
         pretrained=config.pretrained,
         **config.backbone_args,

@@ -46,6 +46,34 @@ def test_round_trip_gives_the_same_probabilities(tmp_path, model):
         assert file.metadata() == {"epoch": "3"}
 
 
+@pytest.mark.parametrize(
+    ("backbone", "head", "head_args"),
+    [
+        ("test_resnet", "ml_decoder", {"embed_dim": 64, "num_groups": 2, "bias": True}),
+        ("test_resnet", "q2l", {"embed_dim": 32}),
+        ("test_resnet", "csra", {"num_heads": 2, "lam": 0.3}),
+        ("test_vit", "ml_decoder", {"embed_dim": 64}),
+    ],
+)
+def test_every_head_is_built_again(tmp_path, backbone, head, head_args):
+    config = TrainConfig(backbone=backbone, head=head, head_args=head_args, scale=17.0, image_size=48)
+    torch.manual_seed(0)
+    model = create_model(backbone, 3, head=head, head_args=head_args, image_size=48, scale=17.0)
+    model(torch.randn(4, 3, 48, 48))
+    save_model(tmp_path, model.eval(), describe_model(config, model, CLASSES), {})
+    loaded, description = load_model(tmp_path)
+    torch.testing.assert_close(scores(loaded), scores(model), rtol=0, atol=1e-6)
+    assert (description["head"], description["head_args"]) == (head, head_args)
+
+
+def test_a_file_from_before_there_were_head_arguments(tmp_path, model):
+    save(tmp_path, model)
+    description = json.loads((tmp_path / "config.json").read_text())
+    del description["head_args"]
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    torch.testing.assert_close(scores(load_model(tmp_path)[0]), scores(model), rtol=0, atol=1e-6)
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     write_text(tmp_path / "file", "old")
     with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "file") as file:

@@ -83,6 +83,16 @@ def test_overfits_32_images(tiny, optimizer):
     assert result.history[-1]["loss"] < result.history[0]["loss"] / 5
 
 
+@pytest.mark.parametrize("head", ["ml_decoder", "q2l", "csra"])
+def test_every_head_trains_and_resumes(tiny, head):
+    width = {"head_args": {"embed_dim": 64}} if head != "csra" else {}
+    result = fit(tiny(head=head, epochs=2, **width), quiet=True)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert resume(result.run_dir, quiet=True) == result
+    model, description = load_model(result.run_dir / "best")
+    assert description["head"] == head and model.training is False
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_does_not(tiny):
     runs = [fit(tiny(name=f"run{number}", seed=seed), quiet=True) for number, seed in enumerate((0, 0, 1))]
     first, second, other = (untimed(run.history) for run in runs)

@@ -1,28 +1,16 @@
-"""The ``mlfast`` command."""
+"""``mlfast train``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NoReturn
 
-_USAGE = "mlfast [-h] [--version] COMMAND ..."
-_COMMANDS = """\
-commands:
-  train       train a model; without arguments, on built-in scenes of handwritten digits
-  backends    show which kernels can run on this machine, and why the others cannot
-  bench       time every op on this machine against plain PyTorch, and say which gain nothing here
+from mlfast.cli import FAILED, INTERRUPTED, USER_ERROR
 
-mlfast COMMAND --help explains a command.
-"""
 _TRAIN_USAGE = "mlfast train [CONFIG.yaml] [--KEY VALUE ...]\n       mlfast train --resume RUN_DIR"
 _TRAIN_TEXT = """\
 Train a multi-label classifier with the AAM loss and evaluate it after every epoch. Without arguments it trains on
@@ -38,14 +26,6 @@ examples:
 
 _METAVARS = {int: "N", float: "X", bool: "true|false", dict[str, Any]: "{...}", str: "TEXT", str | None: "TEXT"}
 
-_NO_BENCH = """\
-the benchmarks are not part of the installed package: they need the repository's folder bench/. In a checkout:
-  pip install --editable ".[bench]"
-  mlfast bench"""
-
-_USER_ERROR = 2
-_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of the texts, and every option on one line."""
@@ -54,90 +34,22 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, **settings | {"max_help_position": 28, "width": 118})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 done, 1 training failed, 2 wrong use, 130 stopped by Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="mlfast",
-        usage=_USAGE,
-        description="Fast multi-label image classification.",
-        epilog=_COMMANDS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="store_true", help="show the version and exit")
-    parser.add_argument("command", nargs="?", choices=("train", "backends", "bench"), help=argparse.SUPPRESS)
-    known = parser.parse_args(argv[:1])  # what follows belongs to the command
-    if known.version:
-        return _show_version()
-    if known.command == "train":
-        return _train(argv[1:])
-    if known.command == "backends":
-        return _show_backends(argv[1:])
-    if known.command == "bench":
-        return _bench(argv[1:])
-    parser.print_help()
-    return 0
-
-
-def _show_version() -> int:
-    import mlfast
-
-    print(f"mlfast {mlfast.__version__}")
-    return 0
-
-
-def _show_backends(argv: list[str]) -> int:
-    argparse.ArgumentParser(
-        prog="mlfast backends", description="Show which kernels can run on this machine, and why the others cannot."
-    ).parse_args(argv)
-    import mlfast
-
-    print(mlfast.backends())
-    return 0
-
-
-def _bench(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="mlfast bench",
-        description="Time every op on this machine against plain PyTorch, and say which gain nothing here: about three "
-        "minutes. What it does not know goes on to pytest, such as -k aam_loss or --device cuda.",
-    )
-    parser.add_argument("--full", action="store_true", help="every size: about half an hour")
-    known, others = parser.parse_known_args(argv)
-    folder = Path(__file__).resolve().parents[1] / "bench"
-    if not (folder / "bench_aam_loss.py").exists():
-        print(f"mlfast bench: {_NO_BENCH}", file=sys.stderr)
-        return _USER_ERROR
-    missing = [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f'mlfast bench: {missing[0]} is not installed: pip install "mlfast[bench]"', file=sys.stderr)
-        return _USER_ERROR
-    quick = [] if known.full else ["--quick"]
-    command = [sys.executable, "-m", "pytest", "bench", *quick, "-q", "--benchmark-quiet", "-p", "no:warnings", *others]
-    # Two threads that spin while they wait for each other cost more than they bring: PyTorch too is faster this way.
-    environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
-    return subprocess.run(command, cwd=folder.parent, env=environment, check=False).returncode
-
-
-def _train(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
+    """Start or continue a run."""
     from mlfast.training.errors import CheckpointError, Interrupted, TrainingError
 
     try:
         _run_training(argv)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was saved since the last finished epoch", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     except TrainingError as error:
-        return _fail(error, 1)
-    except (ValueError, CheckpointError) as error:
-        return _fail(error, _USER_ERROR)
-    except ModuleNotFoundError as error:
-        if "mlfast[train]" not in str(error):
-            raise
-        return _fail(error, _USER_ERROR)
+        return _fail(error, FAILED)
+    except CheckpointError as error:
+        return _fail(error, USER_ERROR)
     return 0
 
 

@@ -1,0 +1,60 @@
+"""The ``mlfast`` command: one file a command, each with ``main(argv) -> exit status``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train a model; without arguments, on built-in scenes of handwritten digits",
+    "info": "count the parameters and multiply-accumulates of a model",
+    "backends": "show which kernels can run on this machine, and why the others cannot",
+    "bench": "time every op on this machine against plain PyTorch, and say which gain nothing here",
+}
+FAILED, USER_ERROR = 1, 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 1 failed, 2 wrong use, 130 stopped by Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    lines = "\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="mlfast",
+        usage="mlfast [-h] [--version] COMMAND ...",
+        description="Fast multi-label image classification.",
+        epilog=f"commands:\n{lines}\n\nmlfast COMMAND --help explains a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS)
+    known = parser.parse_args(argv[:1])  # what follows belongs to the command
+    if known.version:
+        return _show_version()
+    if known.command:
+        return _run(known.command, argv[1:])
+    parser.print_help()
+    return 0
+
+
+def _run(command: str, argv: list[str]) -> int:
+    """The command's exit status; what a user can mend becomes one message instead of a traceback."""
+    try:
+        return importlib.import_module(f"mlfast.cli.{command.replace('-', '_')}").main(argv)
+    except ModuleNotFoundError as error:
+        if "pip install" not in str(error):  # ours name the remedy
+            raise
+        message: Exception = error
+    except (ValueError, OSError) as error:
+        message = error
+    print(f"mlfast {command}: {message}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _show_version() -> int:
+    import mlfast
+
+    print(f"mlfast {mlfast.__version__}")
+    return 0

@@ -1,0 +1,83 @@
+"""timm models without their classifier."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlfast.torchvision_compat import import_torchvision
+
+
+def create_backbone(name: str, *, pretrained: bool, image_size: int | None, arguments: dict[str, Any]) -> Any:
+    """Build a timm model without pooling and classifier; `mlfast.create_model` describes arguments and errors."""
+    import_torchvision()
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('timm is not installed: pip install "mlfast[train]"', name="timm") from error
+    architecture = name.split(".")[0]
+    if ":" not in name and not timm.is_model(architecture):  # a colon: a hub or folder address, which timm resolves
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=4)
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else "timm.list_models('*name*') searches them."
+        raise ValueError(f"unknown backbone {name!r}; {hint}")
+    if image_size is not None and _has_fixed_size(timm.get_pretrained_cfg(architecture)):
+        arguments = {"img_size": image_size} | arguments
+    try:
+        return _create(timm, name, {"pretrained": pretrained, "num_classes": 0} | arguments)
+    except TypeError as error:
+        raise ValueError(f"backbone {name!r} does not take these arguments {sorted(arguments)}: {error}") from error
+    except RuntimeError as error:
+        if "Invalid pretrained tag" not in str(error):
+            raise
+        tags = ", ".join(map(repr, timm.list_pretrained(f"{architecture}.*"))) or repr(architecture)
+        raise ValueError(f"unknown pretrained tag in backbone {name!r}; available: {tags}") from error
+
+
+def _create(timm: Any, name: str, arguments: dict[str, Any]) -> Any:
+    try:
+        return timm.create_model(name, **{"global_pool": ""} | arguments)
+    except AssertionError:  # a few families cannot leave their pooling out; forward_features does not reach it
+        return timm.create_model(name, **arguments)
+
+
+def extract_features(backbone: Any, images: Tensor) -> Tensor:
+    """Images ``[B, 3, H, W]`` to what the heads take: a map ``[B, S, h, w]``, or tokens ``[B, N, S]``."""
+    features = backbone.forward_features(images)
+    if getattr(backbone, "output_fmt", "NCHW") == "NHWC":  # Swin and its kin
+        features = features.permute(0, 3, 1, 2)
+    return features
+
+
+@torch.no_grad()
+def probe_features(backbone: Any, name: str, image_size: int | None) -> tuple[int, bool]:
+    """The channels of the features, and whether they are a map rather than tokens.
+
+    By a look at some: timm's num_features is the width of the head in some families.
+
+    Raises:
+        ValueError: they are neither.
+    """
+    size = (64, 64)
+    if _has_fixed_size(backbone.pretrained_cfg):
+        built_for = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+        size = built_for or ((image_size, image_size) if image_size else backbone.pretrained_cfg["input_size"][1:])
+    was_training = backbone.training
+    features = extract_features(backbone.eval(), torch.zeros(1, 3, *size))
+    backbone.train(was_training)
+    if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+        got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(
+            f"backbone {name!r} gives features {got}, but the heads need a feature map [B, channels, height, width] or "
+            "tokens [B, N, channels]; choose a convolutional backbone, such as 'resnet50' or 'tf_efficientnetv2_s'"
+        )
+    is_map = features.ndim == 4
+    return features.shape[1 if is_map else 2], is_map
+
+
+def _has_fixed_size(config: Any) -> bool:
+    if config is None:
+        return False
+    return bool(config.get("fixed_input_size") if isinstance(config, dict) else config.fixed_input_size)

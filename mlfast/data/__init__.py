@@ -1,5 +1,20 @@
-"""Data sets: the built-in digit scenes."""
+"""Data sets: those of the paper, the user's own, and the built-in digit scenes."""
 
+from mlfast.data.annotations import AnnotationError, Annotations
+from mlfast.data.dataset import BrokenImagesError, ImageDataset, ShardStream
 from mlfast.data.digits import DigitScenes, planted_graph
+from mlfast.data.loading import KINDS, load_annotations
+from mlfast.data.stratify import stratified_split
 
-__all__ = ["DigitScenes", "planted_graph"]
+__all__ = [
+    "KINDS",
+    "AnnotationError",
+    "Annotations",
+    "BrokenImagesError",
+    "DigitScenes",
+    "ImageDataset",
+    "ShardStream",
+    "load_annotations",
+    "planted_graph",
+    "stratified_split",
+]

@@ -7,9 +7,7 @@ handwriting, generates, and keeps the result on disk.
 from __future__ import annotations
 
 import os
-import uuid
 import warnings
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from mlfast.data.cache import cache_folder, read_arrays, write_arrays
 from mlfast.data.digit_drawing import REFERENCE_SIZE, draw_scenes, smooth_fields
 from mlfast.data.digit_labels import CLASSES, draw_labels, graph_matrix, label_model
 
@@ -78,11 +77,11 @@ class DigitScenes(Dataset):
         workers = os.cpu_count() or 1 if num_workers is None else _integer("num_workers", num_workers, 1)
         self.classes = list(CLASSES)
 
-        path = _cache_folder(cache_dir) / self._cache_name()
-        arrays = _read_cache(path, self._shapes())
+        path = cache_folder(cache_dir) / self._cache_name()
+        arrays = self._cached(path)
         if arrays is None:
             arrays = _generate(split, self.size, self.image_size, self.seed, workers)
-            _write_cache(path, *arrays)
+            write_arrays(path, dict(zip(("images", "targets"), arrays, strict=True)), "the digit scenes")
         self.images, self.targets = (torch.from_numpy(a) for a in arrays)
 
     def __len__(self) -> int:
@@ -94,6 +93,18 @@ class DigitScenes(Dataset):
 
     def _cache_name(self) -> str:
         return f"digits-v{GENERATOR_VERSION}-{self.split}-{self.size}-{self.image_size}px-seed{self.seed}.npz"
+
+    def _cached(self, path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+        """Images and targets, or None if they are missing or (with a warning) not what they should be."""
+        stored = read_arrays(path)
+        if stored is None:
+            return None
+        if {name: (array.dtype, array.shape) for name, array in stored.items()} != self._shapes():
+            warnings.warn(
+                f"The cache file {path} holds other arrays than its name says; generating again.", stacklevel=3
+            )
+            return None
+        return stored["images"], stored["targets"]
 
     def _shapes(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         return {
@@ -162,45 +173,6 @@ def _load_drawings() -> tuple[np.ndarray, np.ndarray]:
         ) from error
     bunch = load_digits()
     return bunch.images, bunch.target
-
-
-def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlfast"
-
-
-def _read_cache(
-    path: Path, shapes: dict[str, tuple[np.dtype, tuple[int, ...]]]
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """The arrays `shapes` of a cache file, or None if it is missing or (with a warning) not what it should be."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            images, targets = (stored[name] for name in shapes)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, zipfile.BadZipFile) as error:
-        warnings.warn(f"The cache file {path} cannot be read ({error}); generating again.", stacklevel=3)
-        return None
-    if [(a.dtype, a.shape) for a in (images, targets)] != list(shapes.values()):
-        warnings.warn(f"The cache file {path} holds other arrays than its name says; generating again.", stacklevel=3)
-        return None
-    return images, targets
-
-
-def _write_cache(path: Path, images: np.ndarray, targets: np.ndarray) -> None:
-    """Writes beside the file and renames, so that no reader and no crash ever sees half of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            with open(temporary, "xb") as file:
-                np.savez(file, images=images, targets=targets)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        warnings.warn(f"Could not keep the digit scenes in {path} ({error}); made anew each time.", stacklevel=3)
 
 
 def _integer(name: str, value: int, low: int, high: int | None = None) -> int:

@@ -1,0 +1,188 @@
+"""`mlfast data check`: what is in a data set, and what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+import typing
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mlfast.data.annotations import AnnotationError, Annotations
+from mlfast.data.dataset import BrokenImagesError, ImageDataset
+from mlfast.data.loading import KINDS, load_annotations, options_of, reader
+from mlfast.data.problems import names, problems_of, strays_of
+from mlfast.data.sources import Sources
+from mlfast.data.statistics import Statistics
+
+_FINE, _PROBLEMS, _WRONG_USE = 0, 1, 2
+_CLASSES_SHOWN = 8
+_SPEED_IMAGES = 256
+_COLUMNS = ("split", "images", "classes", "labels/image", "unlabelled", "unknown", "neg./pos.", "mean imbalance")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `mlfast data`; returns the exit status: 0 fine, 1 problems in the data, 2 wrong use or unreadable labels."""
+    parser = _parser()
+    kind = parser.parse_known_args([argument for argument in argv if argument not in ("-h", "--help")] or argv)[0].kind
+    arguments = _with_reader_options(parser, kind).parse_args(argv)
+    try:
+        return _check(arguments, _options(arguments, kind))
+    except (ValueError, ModuleNotFoundError, BrokenImagesError) as error:
+        print(f"mlfast data: {error}", file=sys.stderr)
+        return _WRONG_USE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlfast data",
+        allow_abbrev=False,
+        usage="mlfast data check KIND ROOT [--split SPLIT ...] [--decode] [--speed] [--OPTION VALUE ...]",
+        description="Read the labels of a data set, show its statistics and name what is wrong. docs/data.md says "
+        "which files each kind needs.",
+    )
+    parser.add_argument("verb", choices=["check"], metavar="check")
+    parser.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("root", nargs="?", metavar="ROOT", help="folder of the data set; none for digits")
+    parser.add_argument("--split", nargs="+", metavar="SPLIT", help="default all; train+test joins two")
+    parser.add_argument("--decode", action="store_true", help="decode every image, and find images with equal content")
+    parser.add_argument("--speed", action="store_true", help="measure images/s on one core")
+    parser.add_argument("--size", type=int, default=448, metavar="N", help="of the images for --speed  [448]")
+    parser.add_argument("--all_classes", action="store_true", help="show the frequency of every class")
+    parser.add_argument("--cache_dir", metavar="DIR", help="default $XDG_CACHE_HOME/mlfast or ~/.cache/mlfast")
+    return parser
+
+
+def _with_reader_options(parser: argparse.ArgumentParser, kind: str) -> argparse.ArgumentParser:
+    if kind != "digits":
+        group = parser.add_argument_group(f"options of {kind}")
+        texts = _argument_texts(reader(kind).read.__doc__)
+        for name, option in options_of(reader(kind)).items():
+            text = texts[name].replace("%", "%%") + (f"  [{option.default}]" if option.default else "")
+            group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=text)
+    return parser
+
+
+def _argument_texts(docstring: str) -> dict[str, str]:
+    """What the Args section of a docstring says about every argument."""
+    texts: dict[str, str] = {}
+    name = ""
+    for line in docstring.partition("Args:\n")[2].splitlines():
+        if found := re.match(r" {8}(\w+): (.*)", line):
+            name, texts[found[1]] = found[1], found[2]
+        elif name and line.startswith(" " * 12):
+            texts[name] += " " + line.strip()
+    return texts
+
+
+def _options(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
+    """The options of the format that were given, in the types of its reader."""
+    if kind == "digits":
+        return {}
+    types = typing.get_type_hints(reader(kind).read)
+    given = {name: getattr(arguments, name) for name in options_of(reader(kind)) if hasattr(arguments, name)}
+    return {name: _converted(name, text, types[name]) for name, text in given.items()}
+
+
+def _converted(name: str, text: str, kind: Any) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{name}: got {text!r}, expected true or false")
+        return text.lower() == "true"
+    if kind is int:
+        if not text.isdecimal():
+            raise ValueError(f"{name}: got {text!r}, expected a number")
+        return int(text)
+    if "Sequence" in str(kind):
+        return [part.strip() for part in text.split(",")]
+    return text
+
+
+def _check(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
+    kind, root = arguments.kind, arguments.root
+    if root is None and kind != "digits":
+        raise ValueError(f"{kind} needs ROOT, the folder of the data set.")
+    default = ["train", "val"] if kind == "digits" else None
+    splits = arguments.split or default or reader(kind).splits(Sources(root), **options)
+    if not splits:
+        raise ValueError(f"{root} holds nothing that looks like a split of kind {kind}; see docs/data.md.")
+    loaded, status = [], _FINE
+    for split in splits:
+        try:
+            loaded.append(load_annotations(kind, root, split, cache_dir=arguments.cache_dir, **options))
+        except AnnotationError as error:
+            print(f"mlfast data: {split}: {error}", file=sys.stderr)
+            status = _WRONG_USE
+    if not loaded:
+        return status
+    print(f"{kind}, {root or 'built in'}")
+    statistics = [part.statistics() for part in loaded]
+    _print_table([_COLUMNS, *[_row(a.split, s) for a, s in zip(loaded, statistics, strict=True)]])
+    for part, found in zip(loaded, statistics, strict=True):
+        _print_classes(part, found, arguments.all_classes)
+    for part in loaded:
+        for note in part.notes:
+            print(f"note: {part.split}: {note}")
+    problems = list(problems_of(loaded, arguments.decode))
+    strays = [] if status else list(strays_of(loaded))  # a split that could not be read may list them
+    for note in strays:
+        print(f"note: {note}")
+    for problem in problems:
+        print(f"problem: {problem}")
+    if arguments.speed and kind != "digits":
+        for part in loaded:
+            print(_speed(part, arguments.size))
+    if not problems and not status:
+        print("no problems found" + ("" if arguments.decode else "; --decode looks into the images too"))
+    return status or (_PROBLEMS if problems else _FINE)
+
+
+def _row(split: str, s: Statistics) -> tuple[str, ...]:
+    return (
+        split,
+        f"{s.images}",
+        f"{s.num_classes}",
+        f"{s.labels_per_image:.3f}",
+        f"{s.unlabelled}",
+        f"{s.unknown_share:.1%}",
+        f"{s.negatives_per_positive:.1f}",
+        f"{s.mean_imbalance:.1f}",
+    )
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  ".join([row[0].ljust(widths[0]), *cells]))
+
+
+def _print_classes(annotations: Annotations, s: Statistics, all_classes: bool) -> None:
+    """Positives and frequency of the classes, from the most frequent to the rarest."""
+    order = np.argsort(-s.positives, kind="stable")
+    lines = [f"  {s.positives[k]:>9}  {s.frequency[k]:>7.2%}  {annotations.classes[k]}" for k in order]
+    if not all_classes and len(lines) > 2 * _CLASSES_SHOWN:
+        between = f"  ... {len(lines) - 2 * _CLASSES_SHOWN} more, shown by --all_classes"
+        lines = [*lines[:_CLASSES_SHOWN], between, *lines[-_CLASSES_SHOWN:]]
+    print(f"\n{annotations.split}: images with the class, share of those where it is known", *lines, sep="\n")
+    if s.empty_classes:
+        print(f"note: {annotations.split}: {len(s.empty_classes)} classes have no image: {names(s.empty_classes)}")
+
+
+def _speed(annotations: Annotations, size: int) -> str:
+    chosen = np.random.default_rng(0).permutation(len(annotations))[: _SPEED_IMAGES + 8]
+    images = ImageDataset(annotations, size, max_broken=len(annotations))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # broken images are told of elsewhere
+        for index in chosen[-8:]:
+            images[index]
+        start = time.perf_counter()
+        for index in chosen[:_SPEED_IMAGES]:
+            images[index]
+    count, seconds = len(chosen[:_SPEED_IMAGES]), time.perf_counter() - start
+    return f"speed: {annotations.split}: {count / seconds:.0f} images/s on one core at {size} x {size} ({count} images)"

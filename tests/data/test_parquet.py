@@ -1,0 +1,64 @@
+import json
+
+import numpy as np
+import pytest
+
+from mlfast.data import AnnotationError, ImageDataset, ShardStream, load_annotations
+
+pa = pytest.importorskip("pyarrow")
+import pyarrow.parquet  # noqa: E402
+
+NAMES = ["cat", "dog", "cow"]
+# As `datasets` writes it, in its newer and its older ways.
+FEATURES = [
+    {"feature": {"names": NAMES, "_type": "ClassLabel"}, "_type": "List"},
+    {"feature": {"names": NAMES, "_type": "ClassLabel"}, "_type": "Sequence"},
+    [{"names": NAMES, "_type": "ClassLabel"}],
+]
+
+
+@pytest.fixture
+def make(tmp_path, jpeg):
+    def table(labels, name="train-00000-of-00001.parquet", feature=FEATURES[0], label_type=None):
+        image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        schema = pa.schema([("image", image), ("labels", pa.list_(label_type or pa.int64()))])
+        if feature:
+            info = {"info": {"features": {"image": {"_type": "Image"}, "labels": feature}}}
+            schema = schema.with_metadata({"huggingface": json.dumps(info)})
+        images = [{"bytes": jpeg((20 * n, 0, 0)), "path": None} for n in range(len(labels))]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        content = pa.table({"image": images, "labels": labels}, schema=schema)
+        pyarrow.parquet.write_table(content, tmp_path / "data" / name, row_group_size=2)
+        return tmp_path
+
+    return table
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_class_labels_of_the_schema(make, feature):
+    root = make([[0, 2], [1, 1], []], feature=feature)
+    a = load_annotations("parquet", root, "train")
+    assert a.classes == tuple(NAMES) and a.targets([0, 1, 2]).tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
+    images = ImageDataset(a, size=4)
+    assert [round(images[n][0][0].float().mean().item(), -1) for n in (2, 0, 1)] == [40, 0, 20]
+    assert sorted(int(image[0, 0, 0] + 9) // 20 for image, _ in ShardStream(images)) == [0, 1, 2]
+
+
+def test_names_as_labels_and_several_files(make):
+    make([["b"], ["a", "c"]], "test-00001.parquet", None, pa.string())
+    root = make([["c"]], "test-00000.parquet", None, pa.string())
+    a = load_annotations("parquet", root, "test")
+    assert a.classes == ("a", "b", "c") and a.targets([0, 1, 2]).tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 1]]
+    np.testing.assert_array_equal(a.shards.position, [[0, 0], [0, 0], [0, 1]])
+
+
+def test_errors(make):
+    root = make([[3]])
+    with pytest.raises(AnnotationError, match=r"row group 0, row 0: got the labels \[3\]"):
+        load_annotations("parquet", root, "train")
+    with pytest.raises(AnnotationError, match="label_column is 'tags', but the columns are"):
+        load_annotations("parquet", root, "train", label_column="tags")
+    with pytest.raises(AnnotationError, match=r"the column 'labels' is list.* expected a struct"):
+        load_annotations("parquet", root, "train", image_column="labels")
+    with pytest.raises(AnnotationError, match=r"no val-\*.parquet or val.parquet"):
+        load_annotations("parquet", root, "val")

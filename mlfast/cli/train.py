@@ -22,6 +22,7 @@ examples:
   mlfast train --print_config > my.yaml            all settings, to edit
   mlfast train my.yaml --lr 0.2 --name second      the file, with two settings changed
   mlfast train --resume runs/second                continue a run that was stopped by Ctrl-C or a crash
+  mlfast train my.yaml --name x --resume auto      start it, or continue it: for jobs that may be killed
 """
 
 _METAVARS = {int: "N", float: "X", bool: "true|false", dict[str, Any]: "{...}", str: "TEXT", str | None: "TEXT"}
@@ -66,8 +67,8 @@ def _run_training(argv: list[str]) -> None:
     settings = _train_parser().parse_args(argv).as_dict()
     del settings["config"]
     run_dir = settings.pop("resume", None)
-    if run_dir is None:
-        fit(TrainConfig.from_dict(settings))
+    if run_dir in (None, "auto"):
+        fit(TrainConfig.from_dict(settings), resume=run_dir == "auto")
     elif len(argv) > (1 if "=" in argv[0] else 2):  # --resume=DIR or --resume DIR, and nothing else
         raise ValueError("--resume continues a run with its own settings; it goes with no other option")
     else:
@@ -96,7 +97,12 @@ def _train_parser() -> Any:
         formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of settings")
-    parser.add_argument("--resume", default=argparse.SUPPRESS, metavar="RUN_DIR", help="continue a stopped run")
+    parser.add_argument(
+        "--resume",
+        default=argparse.SUPPRESS,
+        metavar="RUN_DIR",
+        help="continue a stopped run; auto: the run of this --name, if it has begun",
+    )
     types = field_types()
     groups = {title: parser.add_argument_group(title) for title in _groups(TrainConfig)}
     for item in fields(TrainConfig):

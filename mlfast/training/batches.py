@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Images and their labels.
+
+    Attributes:
+        images: uint8 ``[B, 3, H, W]``.
+        targets: int8 ``[B, K]``; 1 has the label, 0 has not, -1 unknown.
+        rows: where each image stands in its data set.
+    """
+
+    images: Tensor
+    targets: Tensor
+    rows: Tensor
 
 
 class TensorBatches:
@@ -33,12 +48,16 @@ class TensorBatches:
         full, rest = divmod(len(self.images), self.batch_size)
         return full + (self.seed is None and rest > 0)
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from batch ``start`` on: uint8 ``[B, 3, H, W]`` and int8 ``[B, K]``."""
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from batch ``start`` on."""
         order = self._order(number)
         for batch in range(start, len(self)):
             rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield self.images[rows], self.targets[rows]
+            yield Batch(self.images[rows], self.targets[rows], rows)
+
+    def name(self, row: int) -> str:
+        """What to call an image in a message."""
+        return f"image {row}"
 
     def _order(self, epoch: int) -> Tensor:
         if self.seed is None:

@@ -58,7 +58,8 @@ def describe_model(config: TrainConfig, model: MultilabelClassifier, classes: Se
         "head": config.head,
         "head_args": config.head_args,
         "classes": list(classes),
-        "scale": config.scale,
+        "cosine": config.loss == "aam",
+        "scale": model.scale,
         "image_size": config.image_size,
         "mean": [round(value, 6) for value in model.mean.flatten().tolist()],
         "std": [round(value, 6) for value in model.std.flatten().tolist()],
@@ -108,6 +109,7 @@ def load_model(folder: str | Path) -> tuple[MultilabelClassifier, dict[str, Any]
         len(description["classes"]),
         head=description["head"],
         head_args=description.get("head_args"),  # older files have none
+        cosine=description.get("cosine", True),
         image_size=description["image_size"],
         scale=description["scale"],
         **description["backbone_args"],

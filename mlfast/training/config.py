@@ -74,28 +74,49 @@ class TrainConfig:
     )
     pretrained: bool = _option(False, "Model", "start from timm's published weights (downloads them)")
 
-    scale: float = _option(20.0, "Loss", "s, which multiplies the cosine", _above(0))
-    margin: float = _option(0.0, "Loss", "m, the angular margin", _between(0, 1))
-    k: float = _option(0.7, "Loss", "weight of the positives; negatives weigh 1-k", _between(0, 1))
-    gamma_neg: float = _option(1.0, "Loss", "focusing of the negatives", _at_least(0))
-    gamma_pos: float = _option(0.0, "Loss", "focusing of the positives", _at_least(0))
-    prob_shift: float = _option(0.0, "Loss", "probability shift that drops easy negatives", _between(0, 1))
+    loss: Literal["aam", "asl", "bce"] = _option(
+        "aam", "Loss", "aam (of cosines), asl or bce (of logits); aam with both gammas 0 is the AM loss"
+    )
+    scale: float = _option(20.0, "Loss", "aam: s, which multiplies the cosine", _above(0))
+    margin: float = _option(0.0, "Loss", "aam: m, the angular margin", _between(0, 1))
+    k: float = _option(0.7, "Loss", "aam: weight of the positives; negatives weigh 1-k", _between(0, 1))
+    gamma_neg: float = _option(1.0, "Loss", "aam, asl: focusing of the negatives", _at_least(0))
+    gamma_pos: float = _option(0.0, "Loss", "aam, asl: focusing of the positives", _at_least(0))
+    prob_shift: float = _option(0.0, "Loss", "probability shift that drops easy negatives (ASL's clip)", _between(0, 1))
+    label_smoothing: float = _option(0.0, "Loss", "how far targets move towards each other", _between(0, 0.5))
 
     epochs: int = _option(8, "Optimisation", "passes over the training images", _at_least(1))
-    batch_size: int = _option(64, "Optimisation", "images a step", _at_least(2))
+    batch_size: int = _option(64, "Optimisation", "images a step, over all processes", _at_least(2))
+    micro_batch: int | None = _option(None, "Optimisation", "images a forward pass, to save memory", _at_least(1))
     optimizer: Literal["sgd", "adamw"] = _option("sgd", "Optimisation", "sgd (Nesterov momentum) or adamw")
     lr: float = _option(0.5, "Optimisation", "peak learning rate, for a loss per image", _above(0))
     momentum: float = _option(0.9, "Optimisation", "momentum of sgd, beta1 of adamw", _inside(0, 1))
+    nesterov: bool = _option(True, "Optimisation", "Nesterov's form of momentum")
+    cycle_momentum: bool = _option(False, "Optimisation", "lower the momentum while the rate is high: 0.95, 0.85, 0.95")
     weight_decay: float = _option(5e-4, "Optimisation", "decay of weights, not of biases and norms", _at_least(0))
+    bias_lr: float = _option(1.0, "Optimisation", "factor of the rate of biases; the released code has 2", _above(0))
     warmup: float = _option(0.2, "Optimisation", "share of the steps in which the rate rises", _inside(0, 1))
+    sam_rho: float = _option(0.0, "Optimisation", "sharpness-aware minimisation; the paper: 0.05", _between(0, 10))
+    sam_adaptive: bool = _option(False, "Optimisation", "measure SAM's climb relative to each weight")
+    clip_grad: float = _option(0.0, "Optimisation", "longest gradient; 0 for any", _at_least(0))
     ema_decay: float = _option(
         0.999, "Optimisation", "moving average of the weights; 0 turns it off", _between(0, 0.99999)
     )
+    patience: int = _option(0, "Optimisation", "bad epochs that stop the training; 0: never", _at_least(0))
+    held_out: float | None = _option(
+        None,
+        "Optimisation",
+        "share of train to stop and choose by; 0: val; by default 0.1 with patience",
+        _between(0, 0.5),
+    )
+    skip_bad_steps: int = _option(0, "Optimisation", "steps without a finite gradient to leave out", _at_least(0))
 
     name: str | None = _option(None, "Run", "folder below runs_dir; by default data-backbone-number", _FOLDER_NAME)
     runs_dir: str = _option("runs", "Run", "folder that holds the runs")
     device: str = _option("auto", "Run", "auto, cpu, cuda, cuda:1, ...")
-    bf16: bool = _option(False, "Run", "bfloat16 autocast in the forward pass")
+    precision: Literal["fp32", "bf16", "fp16"] = _option("fp32", "Run", "of the forward pass, by autocast")
+    compile: bool = _option(False, "Run", "torch.compile the model")
+    tensorboard: bool = _option(False, "Run", "write TensorBoard's files beside metrics.jsonl")
     channels_last: bool = _option(True, "Run", "NHWC memory format, faster for convolutions")
     seed: int = _option(0, "Run", "of initial weights and image order", _at_least(0))
     deterministic: bool = _option(False, "Run", "only algorithms that repeat bit for bit, on GPUs too")
@@ -117,6 +138,11 @@ class TrainConfig:
         if problems:
             raise ConfigError(problems)
         return config
+
+    @property
+    def held_out_share(self) -> float:
+        """The share of the training images that are not trained on."""
+        return self.held_out if self.held_out is not None else 0.1 if self.patience else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values, ready for YAML."""
@@ -145,9 +171,21 @@ def unknown_key(name: str) -> str:
 
 def _problems(values: dict[str, Any]) -> list[str]:
     problems = [text for name, value in values.items() if (text := _problem(name, value))]
-    if not problems and values["batch_size"] > values["train_images"]:
+    return problems or _conflicts(values)
+
+
+def _conflicts(values: dict[str, Any]) -> list[str]:
+    """What is wrong with values that are each right."""
+    problems = []
+    if values["batch_size"] > values["train_images"]:
         problems.append(
             f"batch_size: got {values['batch_size']}, expected at most train_images ({values['train_images']})"
+        )
+    if values["sam_adaptive"] and not values["sam_rho"]:
+        problems.append("sam_adaptive: got true with sam_rho 0, expected sam_rho above 0 (0.05 to 2)")
+    if values["loss"] != "aam" and values["margin"]:
+        problems.append(
+            f"margin: got {values['margin']} with loss {values['loss']}, expected 0 (only aam has a margin)"
         )
     return problems
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mlfast.training.config import TrainConfig
 from mlfast.training.errors import CheckpointError, ConfigError
@@ -37,11 +38,13 @@ class RunResult:
     best: dict[str, Any]
 
 
-def fit(config: TrainConfig, *, quiet: bool = False) -> RunResult:
-    """Train a model from the start, in a new run folder.
+def fit(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> RunResult:
+    """Train a model in a new run folder.
 
     Args:
         config: the settings.
+        resume: go on with the run of that name if it has begun; for jobs that may be killed and started again at any
+            moment.
         quiet: show nothing on the terminal.
 
     Returns:
@@ -50,15 +53,19 @@ def fit(config: TrainConfig, *, quiet: bool = False) -> RunResult:
     Raises:
         ConfigError, ValueError: settings that cannot be run: an unknown backbone, a run folder that exists, ...
         ImportError: a package of the ``train`` extra is missing.
-        Interrupted: Ctrl-C; the run can be continued with `resume`.
+        Interrupted: Ctrl-C or SIGTERM; the run can be continued with `resume`.
         TrainingError: the loss is not finite.
     """
     _check_packages()
-    run_dir = _free_run_dir(config)
+    if resume and config.name is None:
+        raise ConfigError(["name: got nothing, expected the name of the run that resume is about"])
+    run_dir = Path(config.runs_dir) / str(config.name) if resume else _free_run_dir(config)
+    if resume and (run_dir / "state.pt").exists():
+        _check_same_settings(config, run_dir)
+        return _continue(config, run_dir, quiet)
     config = replace(config, name=run_dir.name)
     with _reproducible(config):
-        trainer = _create_trainer(config, run_dir, quiet)
-        return _run(trainer)
+        return _run(_create_trainer(config, run_dir, quiet))
 
 
 def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
@@ -69,19 +76,36 @@ def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
         Others: as `fit`.
     """
     _check_packages()
-    import yaml
+    run_dir = Path(run_dir)
+    return _continue(TrainConfig.from_dict(_saved_settings(run_dir)), run_dir, quiet)
 
+
+def _continue(config: TrainConfig, run_dir: Path, quiet: bool) -> RunResult:
     from mlfast.training.checkpoint import load_state
 
-    run_dir = Path(run_dir)
-    if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(f"{run_dir} is not a run folder: it has no config.yaml")
-    config = TrainConfig.from_dict(yaml.safe_load((run_dir / "config.yaml").read_text()))
     state = load_state(run_dir / "state.pt")
     # The state replaces all weights, so there is nothing to download again.
     with _reproducible(config):
-        trainer = _create_trainer(replace(config, pretrained=False), run_dir, quiet, state)
-        return _run(trainer)
+        return _run(_create_trainer(replace(config, pretrained=False), run_dir, quiet, state))
+
+
+def _saved_settings(run_dir: Path) -> dict[str, Any]:
+    import yaml
+
+    if not (run_dir / "config.yaml").is_file():
+        raise CheckpointError(f"{run_dir} is not a run folder: it has no config.yaml")
+    return yaml.safe_load((run_dir / "config.yaml").read_text())
+
+
+def _check_same_settings(config: TrainConfig, run_dir: Path) -> None:
+    saved, wanted = _saved_settings(run_dir), config.to_dict()
+    problems = [
+        f"{name}: got {value!r}, expected {saved.get(name)!r} as in {run_dir / 'config.yaml'} (or another name)"
+        for name, value in wanted.items()
+        if saved.get(name) != value and name not in ("device", "runs_dir")
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _run(trainer: Trainer) -> RunResult:
@@ -107,8 +131,9 @@ def _create_trainer(config: TrainConfig, run_dir: Path, quiet: bool, state: dict
         len(train.classes),
         head=config.head,
         head_args=config.head_args,
+        cosine=config.loss == "aam",
         image_size=config.image_size,
-        scale=config.scale,
+        scale=config.scale if config.loss == "aam" else 1.0,
         pretrained=config.pretrained,
         **config.backbone_args,
     )
@@ -116,13 +141,20 @@ def _create_trainer(config: TrainConfig, run_dir: Path, quiet: bool, state: dict
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if state is None:  # everything that can be wrong has been tried: only now does something appear on disk
-        run_dir.mkdir(parents=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
         write_text(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+    def batches(images: Tensor, targets: Tensor, seed: int | None = None) -> TensorBatches:
+        size = config.batch_size if seed is not None else max(config.batch_size, 256)
+        return TensorBatches(images, targets, size, device=device, seed=seed)
+
+    kept, held_out = _split(len(train.images), config.held_out_share)
     trainer = Trainer(
         config,
         model,
-        TensorBatches(train.images, train.targets, config.batch_size, device=device, seed=config.seed),
-        TensorBatches(val.images, val.targets, max(config.batch_size, 256), device=device),
+        batches(train.images[kept], train.targets[kept], config.seed),
+        batches(val.images, val.targets),
+        batches(train.images[held_out], train.targets[held_out]) if len(held_out) else None,
         run_dir,
         describe_model(config, model, train.classes),
         quiet,
@@ -130,6 +162,12 @@ def _create_trainer(config: TrainConfig, run_dir: Path, quiet: bool, state: dict
     if state is not None:
         trainer.load_state(state)
     return trainer
+
+
+def _split(images: int, share: float) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows held out. The same in every run: which images they are is no part of its randomness."""
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
+    return order[round(share * images) :].sort().values, order[: round(share * images)].sort().values
 
 
 def _check_packages() -> None:

@@ -21,11 +21,13 @@ class History:
 
     Args:
         path: the file; it is touched by `restore` and `append` only.
+        tensorboard: write the numbers for TensorBoard too, in a folder beside the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tensorboard: bool = False) -> None:
         self.path = path
         self.records: list[Record] = []
+        self._board = _tensorboard_writer(path.parent / "tensorboard") if tensorboard else None
 
     def restore(self, epochs: int) -> None:
         """Take over the first epochs of the file and cut off the rest: a killed run may have left half a line."""
@@ -40,10 +42,25 @@ class History:
         self.records.append(record)
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
+        if self._board:
+            for key, value in record.items():
+                if value is not None and key != "epoch":
+                    self._board.add_scalar(key, value, record["epoch"])
+            self._board.flush()
 
     def plot(self, path: Path) -> None:
         """Draw loss and mAP over the epochs into a PNG file."""
         draw_curves(self.records, path)
+
+
+def _tensorboard_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            'tensorboard: true needs tensorboard: pip install "mlfast[tensorboard]"', name="tensorboard"
+        ) from error
+    return SummaryWriter(str(folder))
 
 
 def draw_curves(records: list[Record], path: Path) -> None:
@@ -59,7 +76,7 @@ def draw_curves(records: list[Record], path: Path) -> None:
     _curve(left, records, "loss", 1, label="training", color=blue)
     _curve(left, records, "val_loss", 1, label="validation", color=orange)
     _curve(left, records, "ema_val_loss", 1, label="validation, EMA", color=green)
-    left.set(title="AAM loss per image", xlabel="epoch")
+    left.set(title="loss per image", xlabel="epoch")
     left.set_ylim(bottom=0)
     _curve(right, records, "mAP", 100, label="weights", color=orange)
     _curve(right, records, "ema_mAP", 100, label="EMA", color=green)

@@ -1,4 +1,4 @@
-"""Optimiser and learning rate schedule."""
+"""Loss, optimiser and learning rate schedule of a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
+import mlfast
 from mlfast.training.config import TrainConfig
 
 # As in the paper's released training code; torch's own defaults are 25 and 10,000.
@@ -13,31 +14,53 @@ _START_DIVISOR = 100
 _END_DIVISOR = 1000
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split parameters into weights, which decay, and biases and norms (anything of one dimension), which do not."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+def create_loss(config: TrainConfig) -> nn.Module:
+    """The loss that ``config.loss`` names, summed over images and classes."""
+    smoothing, gammas = config.label_smoothing, (config.gamma_neg, config.gamma_pos)
+    if config.loss == "aam":
+        return mlfast.AAMLoss(config.scale, config.margin, config.k, *gammas, config.prob_shift, smoothing)
+    if config.loss == "asl":
+        return mlfast.AsymmetricLoss(*gammas, clip=config.prob_shift, label_smoothing=smoothing)
+    return mlfast.AsymmetricLoss(0.0, 0.0, clip=0.0, label_smoothing=smoothing)
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
+    """Weights, which decay; and biases, norms and other parameters of one dimension, which do not.
+
+    Biases are apart, since ``config.bias_lr`` multiplies their learning rate.
+    """
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    weights = [weight for _, weight in trained if weight.ndim > 1]
+    biases = [weight for name, weight in trained if weight.ndim <= 1 and name.endswith("bias")]
+    norms = [weight for name, weight in trained if weight.ndim <= 1 and not name.endswith("bias")]
+    groups: list[dict[str, object]] = [
+        {"params": weights, "weight_decay": config.weight_decay, "lr": config.lr},
+        {"params": biases, "weight_decay": 0.0, "lr": config.lr * config.bias_lr},
+        {"params": norms, "weight_decay": 0.0, "lr": config.lr},
     ]
+    return [group for group in groups if group["params"]]
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """SGD with Nesterov momentum, or AdamW, as ``config.optimizer`` says."""
-    groups = parameter_groups(model, config.weight_decay)
+    """SGD with momentum, or AdamW, as ``config.optimizer`` says."""
+    groups = parameter_groups(model, config)
     if config.optimizer == "adamw":
-        return AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
-    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=True)
+        return AdamW(groups, betas=(config.momentum, 0.999))
+    return SGD(groups, momentum=config.momentum, nesterov=config.nesterov)
 
 
 def create_schedule(optimizer: Optimizer, config: TrainConfig, total_steps: int) -> OneCycleLR:
-    """OneCycle over all steps: a cosine rise to ``config.lr``, then a cosine fall. The momentum stays as configured."""
+    """OneCycle over all steps: a cosine rise to each group's learning rate, then a cosine fall.
+
+    The momentum stays as configured, or with ``config.cycle_momentum`` falls from 0.95 to 0.85 and returns, as in the
+    released code.
+    """
     return OneCycleLR(
         optimizer,
-        max_lr=config.lr,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
         total_steps=total_steps,
         pct_start=config.warmup,
         div_factor=_START_DIVISOR,
         final_div_factor=_END_DIVISOR,
-        cycle_momentum=False,
+        cycle_momentum=config.cycle_momentum,
     )

@@ -29,6 +29,14 @@ def header() -> str:
     return "  ".join(f"{_TITLES.get(key, key):>{width}}" for key, width, _, _ in _COLUMNS)
 
 
+def postfix(loss: float, lr: float, norm: float, speed: float) -> str:
+    """What stands behind the bar; memory is the most that a GPU's tensors have taken so far."""
+    import torch
+
+    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_initialized() else ""
+    return f"loss {loss:.4f}, lr {lr:.2g}, gradient {norm:.2g}, {speed:.0f} images/s{memory}"
+
+
 def epoch_line(record: Record) -> str:
     """One epoch in one line; scores in percent."""
     return "  ".join(f"{_number(record.get(key), form, factor):>{width}}" for key, width, form, factor in _COLUMNS)

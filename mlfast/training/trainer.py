@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +13,33 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import mlfast
-from mlfast.evaluation.metrics import multilabel_metrics
+from mlfast.evaluation import Predictions
 from mlfast.models import MultilabelClassifier
-from mlfast.training.batches import TensorBatches
+from mlfast.training.bad_step import RecentSteps
+from mlfast.training.batches import Batch, TensorBatches
 from mlfast.training.checkpoint import save_model, save_state
 from mlfast.training.config import TrainConfig
+from mlfast.training.early_stopping import EarlyStopping
 from mlfast.training.ema import EMA
 from mlfast.training.errors import Interrupted, TrainingError
 from mlfast.training.history import History
 from mlfast.training.interrupt import StopRequest, catch_interrupt
-from mlfast.training.optimization import create_optimizer, create_schedule
-from mlfast.training.terminal import BAR_FORMAT, epoch_line, header, summary
+from mlfast.training.optimization import create_loss, create_optimizer, create_schedule
+from mlfast.training.step import Step, autocast
+from mlfast.training.terminal import BAR_FORMAT, epoch_line, header, postfix, summary
 
 _METRICS = ("mAP", "OF1", "CF1", "OP", "OR", "CP", "CR")
 _LOOK_EVERY = 10  # steps between two looks at the loss: each look makes a GPU wait
 
 
 class Trainer:
-    """One run: trains a model with the AAM loss, evaluates after every epoch, and keeps what is best.
+    """One run: trains a model, evaluates after every epoch, and keeps what is best.
 
     Args:
         config: the checked settings.
         model: on its device, in its memory format.
         train, val: the batches of the two splits.
+        held_out: batches to stop and choose by, in place of ``val``.
         run_dir: an existing folder for everything that is written.
         description: what ``config.json`` says about the model.
         quiet: show nothing on the terminal.
@@ -46,41 +51,42 @@ class Trainer:
         model: MultilabelClassifier,
         train: TensorBatches,
         val: TensorBatches,
+        held_out: TensorBatches | None,
         run_dir: Path,
         description: dict[str, Any],
         quiet: bool = False,
     ) -> None:
-        self.config, self.model, self.train, self.val = config, model, train, val
+        self.config, self.model, self.train, self.val, self.held_out = config, model, train, val, held_out
         self.run_dir, self.description, self.quiet = run_dir, description, quiet
         self.device = model.mean.device
-        self.loss = mlfast.AAMLoss(
-            scale=config.scale,
-            margin=config.margin,
-            k=config.k,
-            gamma_neg=config.gamma_neg,
-            gamma_pos=config.gamma_pos,
-            prob_shift=config.prob_shift,
-            reduction="sum",
-        )
+        self.loss = create_loss(config)
         self.optimizer = create_optimizer(model, config)
         self.schedule = create_schedule(self.optimizer, config, config.epochs * len(train))
+        self.called: Callable[[Tensor], Tensor] = torch.compile(model) if config.compile else model  # the same weights
+        forward = functools.partial(self._forward, self.called)
+        self.take_step = Step(model, forward, self.loss, self.optimizer, config)
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
+        self.stopping = EarlyStopping(config.patience)
         self.epoch = 0  # finished epochs
         self.step = 0  # finished steps of the present epoch
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # over those steps
         self.best: dict[str, Any] = {"mAP": -1.0, "epoch": 0, "prefix": ""}
-        self.history = History(run_dir / "metrics.jsonl")
+        self.finished = False
+        self.recent = RecentSteps()
+        self.history = History(run_dir / "metrics.jsonl", config.tensorboard)
 
     def run(self) -> None:
         """Train to the last epoch.
 
         Raises:
-            Interrupted: Ctrl-C was pressed; the state has been saved.
+            Interrupted: Ctrl-C or SIGTERM; the state has been saved.
             TrainingError: the loss is not finite. The last saved state is the one before.
         """
+        if self.epoch == self.step == 0:
+            self._save_state()  # from now on the run can be continued, whenever it is killed
         with catch_interrupt() as stop:
             try:
-                while self.epoch < self.config.epochs:
+                while self.epoch < self.config.epochs and not self.finished:
                     self._run_epoch(stop)
             except Interrupted:
                 self._check_loss()  # a state with NaN in it is not worth saving
@@ -99,9 +105,10 @@ class Trainer:
             "lr": self.schedule.get_last_lr()[0],
             "images_per_second": round(images_per_second, 1),
         }
-        record |= self._evaluate(self.model, "", stop)
-        if self.ema:
-            record |= self._evaluate(self.ema.model, "ema_", stop)
+        for prefix, model in self._models():
+            record |= self._evaluate(model, self.val, prefix, stop)
+            if self.held_out:
+                record |= self._evaluate(model, self.held_out, f"held_out_{prefix}", stop)
         record["seconds"] = round(time.perf_counter() - start, 2)
         self._finish_epoch(record)
 
@@ -113,53 +120,59 @@ class Trainer:
         hide = True if self.quiet else None  # None: hidden where the output is not a terminal
         look = {"desc": title, "bar_format": BAR_FORMAT, "leave": False, "disable": hide}
         with tqdm(total=len(self.train), initial=first, **look) as bar:
-            for images, targets in self.train.epoch(self.epoch, start=first):
-                self._train_step(images, targets)
+            for batch in self.train.epoch(self.epoch, start=first):
+                self._train_step(batch)
                 if self.step % _LOOK_EVERY == 0 or self.step == len(self.train):
                     loss = self._check_loss()
                     speed = (self.step - first) * self.config.batch_size / (time.perf_counter() - start)
-                    lr = self.schedule.get_last_lr()[0]
-                    bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2g}, {speed:.0f} images/s", refresh=False)
+                    norm = self.recent.norm
+                    lr = float(self.schedule.get_last_lr()[0])
+                    bar.set_postfix_str(postfix(loss, lr, norm, speed), refresh=False)
                 bar.update()
                 self._stop_if(stop)
         if self.step == first:
             return math.nan  # nothing was left of this epoch
         return (self.step - first) * self.config.batch_size / (time.perf_counter() - start)
 
-    def _train_step(self, images: Tensor, targets: Tensor) -> None:
-        # The loss is a sum over classes and a mean over images: the learning rate does not depend on the batch size.
-        loss = self.loss(self._forward(self.model, images), targets) / len(images)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+    def _train_step(self, batch: Batch) -> None:
+        loss, norm = self.take_step(batch.images, batch.targets)
+        self.recent.add(self.step, loss, norm, batch.rows)
+        if self.take_step.skipped > self.config.skip_bad_steps > 0:
+            raise self._diverged("gradient", f"NaN or infinite {self.take_step.skipped} times")
         self.schedule.step()
         if self.ema:
             self.ema.update()
-        self.loss_sum += loss.detach()
+        self.loss_sum += loss if not self.config.skip_bad_steps else loss.nan_to_num(0, 0, 0)
         self.step += 1
 
-    def _forward(self, model: MultilabelClassifier, images: Tensor) -> Tensor:
+    def _models(self) -> list[tuple[str, MultilabelClassifier]]:
+        """What is evaluated: the weights, and their average."""
+        return [("", self.model), *([("ema_", self.ema.model)] if self.ema else [])]
+
+    def _forward(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            return model(model.prepare(images))
+        images = self.model.prepare(images)
+        with autocast(self.device, self.config.precision):
+            return model(images)
 
     @torch.no_grad()
-    def _evaluate(self, model: MultilabelClassifier, prefix: str, stop: StopRequest) -> dict[str, float]:
+    def _evaluate(
+        self, model: MultilabelClassifier, batches: TensorBatches, prefix: str, stop: StopRequest
+    ) -> dict[str, float]:
         model.eval()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        probabilities, truths = [], []
-        for images, targets in self.val.epoch(self.epoch):
+        predictions = Predictions(len(self.description["classes"]))
+        for batch in batches.epoch(self.epoch):
             self._stop_if(stop)
-            output = self._forward(model, images)
-            loss += self.loss(output, targets)
-            probabilities.append(model.probabilities(output))
-            truths.append(targets)
-        if not math.isfinite(loss.item()):
-            raise self._diverged("validation loss", loss.item())
-        metrics = multilabel_metrics(torch.cat(probabilities), torch.cat(truths))
+            output = self._forward(model, batch.images)
+            loss += self.loss(output, batch.targets)
+            if not math.isfinite(loss.item()):
+                raise self._diverged("validation loss", str(loss.item()))
+            predictions.add(self.model.probabilities(output), batch.targets)
+        metrics = predictions.metrics()
         scores = {prefix + name: getattr(metrics, name) for name in _METRICS}
-        return {prefix + "val_loss": loss.item() / len(self.val.images), **scores}
+        return {prefix + "val_loss": loss.item() / len(batches.images), **scores}
 
     def _finish_epoch(self, record: dict[str, Any]) -> None:
         if self.epoch == 0:
@@ -170,24 +183,32 @@ class Trainer:
         self.loss_sum.zero_()
         metadata = {"epoch": str(self.epoch)}
         save_model(self.run_dir / "last", self.model, self.description, metadata | {"mAP": str(record["mAP"])})
-        for prefix, model in (("", self.model), ("ema_", self.ema.model if self.ema else None)):
-            score = record.get(f"{prefix}mAP", math.nan)
-            if model and score > self.best["mAP"]:
+        chosen_by = "held_out_" if self.held_out else ""
+        highest = 0.0
+        for prefix, model in self._models():
+            score = record[f"{chosen_by}{prefix}mAP"]
+            highest = max(highest, score)  # a NaN, of a split without positives, is never higher
+            if score > self.best["mAP"]:
                 self.best = {"mAP": score, "epoch": self.epoch, "prefix": prefix}
                 save_model(self.run_dir / "best", model, self.description, metadata | {"mAP": str(score)})
+        warmed_up = self.epoch >= self.config.warmup * self.config.epochs
+        self.finished = self.config.patience > 0 and self.stopping.should_stop(highest, warmed_up)
         self._save_state()
 
     def _check_loss(self) -> float:
         """The mean loss of the present epoch so far. NaN or infinity stays in the sum, so no step escapes."""
         total = self.loss_sum.item()
         if not math.isfinite(total):
-            raise self._diverged("loss", total)
+            raise self._diverged("loss", str(total))
         return total / max(self.step, 1)
 
-    def _diverged(self, what: str, value: float) -> TrainingError:
+    def _diverged(self, what: str, value: str) -> TrainingError:
+        path = self.run_dir / "bad_step.json"
+        told = self.recent.write(path, self.model, self.optimizer, self.train.name)
         return TrainingError(
             f"the {what} became {value} in epoch {self.epoch + 1}, by step {self.step} (learning rate "
-            f"{self.schedule.get_last_lr()[0]:.3g}); try a lower lr (it is {self.config.lr:g}) or a longer warmup"
+            f"{self.schedule.get_last_lr()[0]:.3g}); try a lower lr (it is {self.config.lr:g}) or a longer warmup, or "
+            "leave out such steps with --skip_bad_steps N" + (f". Its images, norms and rates: {path}" if told else "")
         )
 
     def _stop_if(self, stop: StopRequest) -> None:
@@ -205,6 +226,9 @@ class Trainer:
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "take_step": self.take_step.state_dict(),
+            "stopping": self.stopping.state_dict(),
+            "finished": self.finished,
             "epoch": self.epoch,
             "step": self.step,
             "loss_sum": self.loss_sum,
@@ -220,6 +244,9 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        self.take_step.load_state_dict(state["take_step"])
+        self.stopping.load_state_dict(state["stopping"])
+        self.finished = state["finished"]
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.loss_sum.copy_(state["loss_sum"])
         self.history.restore(self.epoch)

@@ -5,7 +5,7 @@ from mlfast.training import ConfigError, TrainConfig
 
 
 def test_all_problems_are_listed_at_once():
-    wrong = {"lr": "fast", "epochs": 0, "optimizer": "lion", "bach_size": 3, "bf16": "yes", "k": 1.5}
+    wrong = {"lr": "fast", "epochs": 0, "optimizer": "lion", "bach_size": 3, "precision": "int4", "k": 1.5}
     wrong["backbone_args"] = 3
     with pytest.raises(ConfigError) as caught:
         TrainConfig.from_dict(wrong)
@@ -16,7 +16,7 @@ def test_all_problems_are_listed_at_once():
         "epochs: got 0, expected at least 1",
         "optimizer: got 'lion', expected one of sgd, adamw",
         "lr: got 'fast', expected a finite number",
-        "bf16: got 'yes', expected true or false",
+        "precision: got 'int4', expected one of fp32, bf16, fp16",
     ]
     assert str(caught.value).startswith("7 problems in the configuration:\n  bach_size")
 

@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import nn
 
+import mlfast
 from mlfast.training import TrainConfig
 from mlfast.training.batches import TensorBatches
 from mlfast.training.history import History
-from mlfast.training.optimization import create_optimizer, create_schedule, parameter_groups
+from mlfast.training.optimization import create_loss, create_optimizer, create_schedule, parameter_groups
 
 CPU = torch.device("cpu")
 
 
 def numbers(batches, epoch, start=0):
     """The images that an epoch gives, batch by batch; every image holds its own number."""
-    return [images[:, 0, 0, 0].tolist() for images, _ in batches.epoch(epoch, start)]
+    return [images[:, 0, 0, 0].tolist() for images, *_ in batches.epoch(epoch, start)]
 
 
 def make_batches(count, size, seed):
@@ -48,18 +49,31 @@ def test_starting_inside_an_epoch_gives_the_rest_of_it():
 
 
 def test_images_and_targets_stay_together():
-    for images, targets in make_batches(20, 4, seed=0).epoch(0):
+    for images, targets, _ in make_batches(20, 4, seed=0).epoch(0):
         assert images[:, 0, 0, 0].tolist() == targets[:, 0].tolist()
 
 
-def test_biases_and_norms_do_not_decay():
+def test_biases_and_norms_do_not_decay_and_biases_have_their_own_rate():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
     model[2].weight.requires_grad_(False)
-    decayed, free = parameter_groups(model, 0.1)
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
-    assert [id(p) for p in decayed["params"]] == [id(model[0].weight)]
-    expected = [model[0].bias, model[1].weight, model[1].bias, model[2].bias]
-    assert [id(p) for p in free["params"]] == [id(p) for p in expected]
+    groups = parameter_groups(model, TrainConfig(weight_decay=0.1, lr=0.5, bias_lr=2.0))
+    assert [(group["weight_decay"], group["lr"]) for group in groups] == [(0.1, 0.5), (0.0, 1.0), (0.0, 0.5)]
+    expected = [[model[0].weight], [model[0].bias, model[1].bias, model[2].bias], [model[1].weight]]
+    assert [list(map(id, group["params"])) for group in groups] == [list(map(id, weights)) for weights in expected]
+
+
+def test_the_losses():
+    g = torch.Generator().manual_seed(0)
+    scores, targets = torch.rand(6, 5, generator=g) * 2 - 1, (torch.rand(6, 5, generator=g) < 0.3).to(torch.int8)
+    numbers = {"gamma_neg": 2.0, "gamma_pos": 1.0, "prob_shift": 0.05}
+    aam = create_loss(TrainConfig(scale=17.0, k=0.6, label_smoothing=0.1, **numbers))
+    expected = mlfast.AAMLoss(scale=17.0, k=0.6, label_smoothing=0.1, **numbers)
+    assert torch.equal(aam(scores, targets), expected(scores, targets))
+    asl = create_loss(TrainConfig(loss="asl", **numbers))
+    assert torch.equal(asl(scores, targets), mlfast.AsymmetricLoss(2.0, 1.0, clip=0.05)(scores, targets))
+    bce = create_loss(TrainConfig(loss="bce", **numbers))
+    plain = nn.functional.binary_cross_entropy_with_logits(scores, targets.float(), reduction="sum")
+    torch.testing.assert_close(bce(scores, targets), plain)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -77,6 +91,17 @@ def test_learning_rate_rises_to_its_peak_and_falls(name):
     assert max(rates) == pytest.approx(0.4) and rates.index(max(rates)) == 9  # a quarter of 40, counted from 0
     assert rates[0] == pytest.approx(0.004) and rates[-1] < 1e-5
     assert momenta == {0.8}
+
+
+def test_the_momentum_cycles_on_request():
+    optimizer = create_optimizer(nn.Linear(2, 2), config := TrainConfig(cycle_momentum=True, warmup=0.5))
+    schedule = create_schedule(optimizer, config, total_steps=20)
+    momenta = []
+    for _ in range(20):
+        momenta.append(optimizer.param_groups[0]["momentum"])
+        optimizer.step()
+        schedule.step()
+    assert momenta[0] == pytest.approx(0.95) and min(momenta) == pytest.approx(0.85) and momenta[-1] > 0.94
 
 
 def test_history_writes_json_lines_and_null_for_nan(tmp_path):

@@ -1,0 +1,84 @@
+"""One step of the optimiser: the gradient of a batch, taken at one point or, with SAM, at two."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from mlfast.training.config import TrainConfig
+from mlfast.training.sam import SAM, frozen_batch_norm_statistics
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class Step:
+    """Takes the steps of a run.
+
+    The loss is a sum over classes and a mean over images, so the learning rate does not depend on the batch size. A
+    batch is computed in parts of ``micro_batch`` images, whose gradients add up, where memory does not hold all of it.
+
+    Args:
+        model: whose weights move, and whose batch norm statistics SAM's second pass leaves alone.
+        forward: images to what the loss takes.
+        loss: of outputs and targets, summed.
+        optimizer: takes the step.
+        config: ``sam_rho``, ``sam_adaptive``, ``clip_grad``, ``micro_batch``, ``precision``, ``skip_bad_steps``.
+    """
+
+    def __init__(
+        self, model: nn.Module, forward: Forward, loss: nn.Module, optimizer: Optimizer, config: TrainConfig
+    ) -> None:
+        self.model, self.forward, self.loss, self.optimizer, self.config = model, forward, loss, optimizer, config
+        self.weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        self.sam = SAM(optimizer, config.sam_rho, config.sam_adaptive) if config.sam_rho else None
+        self.scaler = torch.amp.GradScaler(self.weights[0].device.type, enabled=config.precision == "fp16")
+        self.skipped = 0
+
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the weights once; returns the loss per image before that and the norm of the gradient, on the device."""
+        self.optimizer.zero_grad()
+        loss = self._backward(images, targets)
+        if self.sam:
+            self.sam.climb()  # does not depend on the gradient's scale, so the scaler has no part in it
+            with frozen_batch_norm_statistics(self.model):
+                self._backward(images, targets)
+            self.sam.restore()
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_grad_norm_(self.weights, self.config.clip_grad or float("inf"))
+        if self.config.skip_bad_steps and not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            self.skipped += 1
+        else:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss, norm
+
+    def _backward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Add the gradient of the whole batch to the weights; returns its loss per image."""
+        size = self.config.micro_batch or len(images)
+        losses = []
+        for some_images, some_targets in zip(images.split(size), targets.split(size), strict=True):
+            loss = self.loss(self.forward(some_images), some_targets) / len(images)
+            self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `load_state_dict`; the optimiser's own state is not in it."""
+        return {"scaler": self.scaler.state_dict(), "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` gave."""
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"]
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context of the forward pass: ``"fp32"``, ``"bf16"`` or ``"fp16"``."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, kinds.get(precision, torch.bfloat16), enabled=precision in kinds)

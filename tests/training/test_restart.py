@@ -1,0 +1,139 @@
+"""Runs that are killed, at any moment and in any way, and started again."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlfast.training import ConfigError, Interrupted, TrainConfig, TrainingError, checkpoint, fit, resume
+from mlfast.training.trainer import Trainer
+from tests.training.test_fit import assert_same, at_step, final_state, untimed
+
+
+def run(settings):
+    """In a process of its own; one thread, which a killed one leaves nothing behind of."""
+    torch.set_num_threads(1)
+    fit(TrainConfig(**settings), resume=True, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that begin with everything imported, so that they train within a moment."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.imports"])
+    return context
+
+
+@pytest.fixture
+def one_thread():
+    """As many as the killed processes have: another number rounds otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_killed_at_ten_moments_the_run_ends_as_if_it_had_not_been(tiny, processes):
+    settings = {"epochs": 12, "sam_rho": 0.05}
+    whole, config = fit(tiny(name="whole", **settings), quiet=True), tiny(name="parts", **settings)
+    moments = random.Random(0)
+    for _ in range(10):
+        process = processes.Process(target=run, args=(config.to_dict(),))
+        process.start()
+        process.join(timeout=moments.uniform(0.05, 0.5))
+        assert process.is_alive(), "the run was over before it could be killed; give it more epochs"
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    parts = fit(config, resume=True, quiet=True)
+    assert untimed(parts.history) == untimed(whole.history)
+    assert_same(final_state(parts.run_dir), final_state(whole.run_dir))
+
+
+def test_sigterm_saves_and_stops(tiny, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            fit(tiny(), quiet=True)
+    assert final_state(tiny_dir(tiny))["step"] == 2
+
+
+def tiny_dir(tiny):
+    return Path(tiny().runs_dir) / "tiny"
+
+
+def test_auto_starts_what_has_not_begun_and_refuses_other_settings(tiny):
+    first = fit(tiny(), resume=True, quiet=True)
+    assert fit(tiny(), resume=True, quiet=True).history == first.history  # finished: nothing is left to do
+    with pytest.raises(ConfigError, match=r"lr: got 0.2, expected 0.1 as in .*config.yaml"):
+        fit(tiny(lr=0.2), resume=True, quiet=True)
+    with pytest.raises(ConfigError, match="name: got nothing"):
+        fit(tiny(name=None), resume=True, quiet=True)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tiny, monkeypatch):
+    original, calls = checkpoint.save_state, 0
+
+    def full(path, state):
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # the start, the first epoch, the second
+            with checkpoint.atomic_write(path) as file:
+                file.write(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device")
+        original(path, state)
+
+    monkeypatch.setattr("mlfast.training.trainer.save_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(tiny(), quiet=True)
+    assert final_state(tiny_dir(tiny))["epoch"] == 1
+    monkeypatch.undo()
+    assert len(resume(tiny_dir(tiny), quiet=True).history) == 3
+
+
+def test_early_stopping_ends_the_run_and_stays_ended(tiny, monkeypatch):
+    monkeypatch.setattr("mlfast.training.early_stopping.EarlyStopping.should_stop", lambda self, score, warm: warm)
+    result = fit(tiny(patience=1, epochs=6, warmup=0.5, held_out=0.25), quiet=True)
+    assert len(result.history) == 3
+    assert {"held_out_mAP", "held_out_ema_mAP"} <= result.history[-1].keys()
+    assert resume(result.run_dir, quiet=True).history == result.history
+
+
+def test_images_that_are_held_out_are_not_trained_on(tiny, monkeypatch):
+    seen = set()
+    original = Trainer._train_step
+
+    def step(self, batch):
+        seen.update(batch.rows.tolist())
+        assert len(self.held_out.images) == 16 and len(self.train.images) == 48
+        held = {image.numpy().tobytes() for image in self.held_out.images}
+        assert not held & {image.numpy().tobytes() for image in batch.images}
+        original(self, batch)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    fit(tiny(held_out=0.25, epochs=2), quiet=True)
+    assert seen == set(range(48))
+
+
+def test_a_loss_that_is_not_finite_leaves_a_report(tiny, monkeypatch):
+    original = Trainer._train_step
+
+    def step(self, batch):
+        if self.step == 2:
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(torch.nan)
+        original(self, batch)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    with pytest.raises(TrainingError, match=r"loss became nan .* Its images, norms and rates: .*bad_step\.json"):
+        fit(tiny(), quiet=True)
+    report = json.loads((tiny_dir(tiny) / "bad_step.json").read_text())
+    assert report["step"] == 2 and report["loss"] != report["loss"]
+    assert len(report["images"]) == 16 and report["images"][0].startswith("image ")
+    assert report["weight_norms"] and report["lr"]

@@ -34,15 +34,25 @@ class TensorBatches:
         targets: int8 ``[N, K]``; 1 has the label, 0 has not, -1 unknown.
         batch_size: images a batch. A shuffled last batch that is not full is left out; without shuffling it is kept.
         seed: of the order; None keeps the order of the tensors.
+        rank, world_size: of several processes, each has every ``world_size``-th image of every batch.
     """
 
     def __init__(
-        self, images: Tensor, targets: Tensor, batch_size: int, *, device: torch.device, seed: int | None = None
+        self,
+        images: Tensor,
+        targets: Tensor,
+        batch_size: int,
+        *,
+        device: torch.device,
+        seed: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.images = images.to(device)
         self.targets = targets.to(device)
         self.batch_size = batch_size
         self.seed = seed
+        self.share = slice(rank, None, world_size)
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.images), self.batch_size)
@@ -52,7 +62,7 @@ class TensorBatches:
         """The batches of an epoch from batch ``start`` on."""
         order = self._order(number)
         for batch in range(start, len(self)):
-            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.share]
             yield Batch(self.images[rows], self.targets[rows], rows)
 
     def name(self, row: int) -> str:

@@ -98,6 +98,7 @@ class TrainConfig:
     warmup: float = _option(0.2, "Optimisation", "share of the steps in which the rate rises", _inside(0, 1))
     sam_rho: float = _option(0.0, "Optimisation", "sharpness-aware minimisation; the paper: 0.05", _between(0, 10))
     sam_adaptive: bool = _option(False, "Optimisation", "measure SAM's climb relative to each weight")
+    sam_average: bool = _option(True, "Optimisation", "climb by the gradient of all processes, not by each one's own")
     clip_grad: float = _option(0.0, "Optimisation", "longest gradient; 0 for any", _at_least(0))
     ema_decay: float = _option(
         0.999, "Optimisation", "moving average of the weights; 0 turns it off", _between(0, 0.99999)
@@ -115,6 +116,7 @@ class TrainConfig:
     runs_dir: str = _option("runs", "Run", "folder that holds the runs")
     device: str = _option("auto", "Run", "auto, cpu, cuda, cuda:1, ...")
     precision: Literal["fp32", "bf16", "fp16"] = _option("fp32", "Run", "of the forward pass, by autocast")
+    sync_batch_norm: bool = _option(False, "Run", "batch norm over all processes; on GPUs")
     compile: bool = _option(False, "Run", "torch.compile the model")
     tensorboard: bool = _option(False, "Run", "write TensorBoard's files beside metrics.jsonl")
     channels_last: bool = _option(True, "Run", "NHWC memory format, faster for convolutions")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mlfast.training.config import TrainConfig
+from mlfast.training.distributed import Processes, joined_processes
 from mlfast.training.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -59,13 +60,15 @@ def fit(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Ru
     _check_packages()
     if resume and config.name is None:
         raise ConfigError(["name: got nothing, expected the name of the run that resume is about"])
-    run_dir = Path(config.runs_dir) / str(config.name) if resume else _free_run_dir(config)
-    if resume and (run_dir / "state.pt").exists():
-        _check_same_settings(config, run_dir)
-        return _continue(config, run_dir, quiet)
-    config = replace(config, name=run_dir.name)
-    with _reproducible(config):
-        return _run(_create_trainer(config, run_dir, quiet))
+    with joined_processes() as processes:
+        run_dir = Path(config.runs_dir) / str(config.name) if resume else _free_run_dir(config)
+        run_dir = processes.gather(run_dir)[0]  # the first one's choice, before it makes the folder
+        if resume and (run_dir / "state.pt").exists():
+            _check_same_settings(config, run_dir)
+            return _continue(config, run_dir, processes, quiet)
+        config = replace(config, name=run_dir.name)
+        with _reproducible(config):
+            return _run(_create_trainer(config, run_dir, processes, quiet))
 
 
 def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
@@ -77,16 +80,17 @@ def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
     """
     _check_packages()
     run_dir = Path(run_dir)
-    return _continue(TrainConfig.from_dict(_saved_settings(run_dir)), run_dir, quiet)
+    with joined_processes() as processes:
+        return _continue(TrainConfig.from_dict(_saved_settings(run_dir)), run_dir, processes, quiet)
 
 
-def _continue(config: TrainConfig, run_dir: Path, quiet: bool) -> RunResult:
+def _continue(config: TrainConfig, run_dir: Path, processes: Processes, quiet: bool) -> RunResult:
     from mlfast.training.checkpoint import load_state
 
     state = load_state(run_dir / "state.pt")
     # The state replaces all weights, so there is nothing to download again.
     with _reproducible(config):
-        return _run(_create_trainer(replace(config, pretrained=False), run_dir, quiet, state))
+        return _run(_create_trainer(replace(config, pretrained=False), run_dir, processes, quiet, state))
 
 
 def _saved_settings(run_dir: Path) -> dict[str, Any]:
@@ -113,7 +117,9 @@ def _run(trainer: Trainer) -> RunResult:
     return RunResult(trainer.run_dir, trainer.history.records, trainer.best)
 
 
-def _create_trainer(config: TrainConfig, run_dir: Path, quiet: bool, state: dict[str, Any] | None = None) -> Trainer:
+def _create_trainer(
+    config: TrainConfig, run_dir: Path, processes: Processes, quiet: bool, state: dict[str, Any] | None = None
+) -> Trainer:
     import yaml
 
     from mlfast.data.digits import DigitScenes
@@ -123,6 +129,10 @@ def _create_trainer(config: TrainConfig, run_dir: Path, quiet: bool, state: dict
     from mlfast.training.trainer import Trainer
 
     device = _device(config.device)
+    if config.batch_size % processes.size:
+        raise ConfigError(
+            [f"batch_size: got {config.batch_size}, expected a multiple of the number of processes, {processes.size}"]
+        )
     torch.manual_seed(config.seed)
     train = DigitScenes("train", config.train_images, config.image_size)
     val = DigitScenes("val", config.val_images, config.image_size)
@@ -138,15 +148,21 @@ def _create_trainer(config: TrainConfig, run_dir: Path, quiet: bool, state: dict
         **config.backbone_args,
     )
     model.to(device)
+    if config.sync_batch_norm:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if state is None:  # everything that can be wrong has been tried: only now does something appear on disk
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        if processes.is_first:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_text(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        processes.wait()
+        torch.manual_seed(config.seed + processes.rank)  # the same weights, but not the same dropout
 
     def batches(images: Tensor, targets: Tensor, seed: int | None = None) -> TensorBatches:
         size = config.batch_size if seed is not None else max(config.batch_size, 256)
-        return TensorBatches(images, targets, size, device=device, seed=seed)
+        share = {"rank": processes.rank, "world_size": processes.size}
+        return TensorBatches(images, targets, size, device=device, seed=seed, **share)
 
     kept, held_out = _split(len(train.images), config.held_out_share)
     trainer = Trainer(
@@ -157,6 +173,7 @@ def _create_trainer(config: TrainConfig, run_dir: Path, quiet: bool, state: dict
         batches(train.images[held_out], train.targets[held_out]) if len(held_out) else None,
         run_dir,
         describe_model(config, model, train.classes),
+        processes,
         quiet,
     )
     if state is not None:

@@ -22,24 +22,28 @@ class History:
     Args:
         path: the file; it is touched by `restore` and `append` only.
         tensorboard: write the numbers for TensorBoard too, in a folder beside the file.
+        writes: whether files are touched at all; of several processes only one may.
     """
 
-    def __init__(self, path: Path, tensorboard: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: Path, tensorboard: bool = False, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self.records: list[Record] = []
-        self._board = _tensorboard_writer(path.parent / "tensorboard") if tensorboard else None
+        self._board = _tensorboard_writer(path.parent / "tensorboard") if tensorboard and writes else None
 
     def restore(self, epochs: int) -> None:
         """Take over the first epochs of the file and cut off the rest: a killed run may have left half a line."""
         lines = self.path.read_text().splitlines()[:epochs] if epochs else []
         self.records = [json.loads(line) for line in lines]
-        write_text(self.path, "".join(line + "\n" for line in lines))
+        if self.writes:
+            write_text(self.path, "".join(line + "\n" for line in lines))
 
     def append(self, record: Record) -> None:
         """Add an epoch, in memory and on disk."""
         record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in record.items()}  # fmt: skip
         self.records.append(record)
+        if not self.writes:
+            return
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
         if self._board:

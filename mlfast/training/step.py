@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from mlfast.training.config import TrainConfig
+from mlfast.training.distributed import ONE_PROCESS, Processes, without_averaging
 from mlfast.training.sam import SAM, frozen_batch_norm_statistics
 
 Forward = Callable[[Tensor], Tensor]
@@ -24,16 +25,25 @@ class Step:
     batch is computed in parts of ``micro_batch`` images, whose gradients add up, where memory does not hold all of it.
 
     Args:
-        model: whose weights move, and whose batch norm statistics SAM's second pass leaves alone.
+        model: whose weights move, and whose batch norm statistics SAM's second pass leaves alone; wrapped, where
+            gradients are averaged over several processes.
         forward: images to what the loss takes.
         loss: of outputs and targets, summed.
         optimizer: takes the step.
         config: ``sam_rho``, ``sam_adaptive``, ``clip_grad``, ``micro_batch``, ``precision``, ``skip_bad_steps``.
+        processes: which agree on the steps that are left out.
     """
 
     def __init__(
-        self, model: nn.Module, forward: Forward, loss: nn.Module, optimizer: Optimizer, config: TrainConfig
+        self,
+        model: nn.Module,
+        forward: Forward,
+        loss: nn.Module,
+        optimizer: Optimizer,
+        config: TrainConfig,
+        processes: Processes = ONE_PROCESS,
     ) -> None:
+        self.processes = processes
         self.model, self.forward, self.loss, self.optimizer, self.config = model, forward, loss, optimizer, config
         self.weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         self.sam = SAM(optimizer, config.sam_rho, config.sam_adaptive) if config.sam_rho else None
@@ -43,7 +53,7 @@ class Step:
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Move the weights once; returns the loss per image before that and the norm of the gradient, on the device."""
         self.optimizer.zero_grad()
-        loss = self._backward(images, targets)
+        loss = self._backward(images, targets, average=self.sam is None or self.config.sam_average)
         if self.sam:
             self.sam.climb()  # does not depend on the gradient's scale, so the scaler has no part in it
             with frozen_batch_norm_statistics(self.model):
@@ -51,20 +61,29 @@ class Step:
             self.sam.restore()
         self.scaler.unscale_(self.optimizer)
         norm = clip_grad_norm_(self.weights, self.config.clip_grad or float("inf"))
-        if self.config.skip_bad_steps and not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+        if self.config.skip_bad_steps and self._is_bad(loss, norm):
             self.skipped += 1
         else:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss, norm
 
-    def _backward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Add the gradient of the whole batch to the weights; returns its loss per image."""
+    def _is_bad(self, loss: Tensor, norm: Tensor) -> bool:
+        return self.processes.any(not bool(torch.isfinite(loss) & torch.isfinite(norm)), loss.device)
+
+    def _backward(self, images: Tensor, targets: Tensor, average: bool = True) -> Tensor:
+        """Add the gradient of the whole batch to the weights; returns its loss per image.
+
+        Gradients are averaged over the processes once, with the last part of the batch, or not at all.
+        """
         size = self.config.micro_batch or len(images)
+        parts = list(zip(images.split(size), targets.split(size), strict=True))
         losses = []
-        for some_images, some_targets in zip(images.split(size), targets.split(size), strict=True):
-            loss = self.loss(self.forward(some_images), some_targets) / len(images)
-            self.scaler.scale(loss).backward()
+        for number, (some_images, some_targets) in enumerate(parts, 1):
+            alone = number < len(parts) or not average
+            with without_averaging(self.model) if alone else contextlib.nullcontext():
+                loss = self.loss(self.forward(some_images), some_targets) / len(images)
+                self.scaler.scale(loss).backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 

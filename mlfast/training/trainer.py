@@ -19,9 +19,10 @@ from mlfast.training.bad_step import RecentSteps
 from mlfast.training.batches import Batch, TensorBatches
 from mlfast.training.checkpoint import save_model, save_state
 from mlfast.training.config import TrainConfig
+from mlfast.training.distributed import ONE_PROCESS, Processes, wrap
 from mlfast.training.early_stopping import EarlyStopping
 from mlfast.training.ema import EMA
-from mlfast.training.errors import Interrupted, TrainingError
+from mlfast.training.errors import CheckpointError, Interrupted, TrainingError
 from mlfast.training.history import History
 from mlfast.training.interrupt import StopRequest, catch_interrupt
 from mlfast.training.optimization import create_loss, create_optimizer, create_schedule
@@ -42,6 +43,7 @@ class Trainer:
         held_out: batches to stop and choose by, in place of ``val``.
         run_dir: an existing folder for everything that is written.
         description: what ``config.json`` says about the model.
+        processes: that train together; the batches are this one's share.
         quiet: show nothing on the terminal.
     """
 
@@ -54,17 +56,20 @@ class Trainer:
         held_out: TensorBatches | None,
         run_dir: Path,
         description: dict[str, Any],
+        processes: Processes = ONE_PROCESS,
         quiet: bool = False,
     ) -> None:
         self.config, self.model, self.train, self.val, self.held_out = config, model, train, val, held_out
-        self.run_dir, self.description, self.quiet = run_dir, description, quiet
+        self.run_dir, self.description, self.processes = run_dir, description, processes
+        self.quiet = quiet or not processes.is_first
         self.device = model.mean.device
         self.loss = create_loss(config)
         self.optimizer = create_optimizer(model, config)
         self.schedule = create_schedule(self.optimizer, config, config.epochs * len(train))
-        self.called: Callable[[Tensor], Tensor] = torch.compile(model) if config.compile else model  # the same weights
-        forward = functools.partial(self._forward, self.called)
-        self.take_step = Step(model, forward, self.loss, self.optimizer, config)
+        wrapped = wrap(model, processes, self.device)
+        called: Callable[[Tensor], Tensor] = torch.compile(wrapped) if config.compile else wrapped  # the same weights
+        forward = functools.partial(self._forward, called)
+        self.take_step = Step(wrapped, forward, self.loss, self.optimizer, config, processes)
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.stopping = EarlyStopping(config.patience)
         self.epoch = 0  # finished epochs
@@ -73,7 +78,7 @@ class Trainer:
         self.best: dict[str, Any] = {"mAP": -1.0, "epoch": 0, "prefix": ""}
         self.finished = False
         self.recent = RecentSteps()
-        self.history = History(run_dir / "metrics.jsonl", config.tensorboard)
+        self.history = History(run_dir / "metrics.jsonl", config.tensorboard, writes=processes.is_first)
 
     def run(self) -> None:
         """Train to the last epoch.
@@ -91,9 +96,9 @@ class Trainer:
             except Interrupted:
                 self._check_loss()  # a state with NaN in it is not worth saving
                 self._save_state()
-                self.history.plot(self.run_dir / "curves.png")
+                self._draw()
                 raise
-        self.history.plot(self.run_dir / "curves.png")
+        self._draw()
         self._say(summary(self.run_dir, self.history.records, self.best))
 
     def _run_epoch(self, stop: StopRequest) -> None:
@@ -101,7 +106,7 @@ class Trainer:
         images_per_second = self._train_epoch(stop)
         record = {
             "epoch": self.epoch + 1,
-            "loss": self.loss_sum.item() / len(self.train),
+            "loss": self._check_loss(),
             "lr": self.schedule.get_last_lr()[0],
             "images_per_second": round(images_per_second, 1),
         }
@@ -128,8 +133,9 @@ class Trainer:
                     norm = self.recent.norm
                     lr = float(self.schedule.get_last_lr()[0])
                     bar.set_postfix_str(postfix(loss, lr, norm, speed), refresh=False)
+                    self._stop_if(self.processes.any(stop.requested, self.device))
                 bar.update()
-                self._stop_if(stop)
+                self._stop_if(stop.requested and self.processes.size == 1)
         if self.step == first:
             return math.nan  # nothing was left of this epoch
         return (self.step - first) * self.config.batch_size / (time.perf_counter() - start)
@@ -164,15 +170,15 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         predictions = Predictions(len(self.description["classes"]))
         for batch in batches.epoch(self.epoch):
-            self._stop_if(stop)
+            self._stop_if(stop.requested and self.processes.size == 1)
             output = self._forward(model, batch.images)
             loss += self.loss(output, batch.targets)
             if not math.isfinite(loss.item()):
                 raise self._diverged("validation loss", str(loss.item()))
             predictions.add(self.model.probabilities(output), batch.targets)
-        metrics = predictions.metrics()
+        metrics = predictions.gather().metrics()
         scores = {prefix + name: getattr(metrics, name) for name in _METRICS}
-        return {prefix + "val_loss": loss.item() / len(batches.images), **scores}
+        return {prefix + "val_loss": self.processes.total(loss).item() / len(batches.images), **scores}
 
     def _finish_epoch(self, record: dict[str, Any]) -> None:
         if self.epoch == 0:
@@ -182,7 +188,7 @@ class Trainer:
         self.epoch, self.step = self.epoch + 1, 0
         self.loss_sum.zero_()
         metadata = {"epoch": str(self.epoch)}
-        save_model(self.run_dir / "last", self.model, self.description, metadata | {"mAP": str(record["mAP"])})
+        self._save("last", self.model, metadata | {"mAP": str(record["mAP"])})
         chosen_by = "held_out_" if self.held_out else ""
         highest = 0.0
         for prefix, model in self._models():
@@ -190,14 +196,14 @@ class Trainer:
             highest = max(highest, score)  # a NaN, of a split without positives, is never higher
             if score > self.best["mAP"]:
                 self.best = {"mAP": score, "epoch": self.epoch, "prefix": prefix}
-                save_model(self.run_dir / "best", model, self.description, metadata | {"mAP": str(score)})
+                self._save("best", model, metadata | {"mAP": str(score)})
         warmed_up = self.epoch >= self.config.warmup * self.config.epochs
         self.finished = self.config.patience > 0 and self.stopping.should_stop(highest, warmed_up)
         self._save_state()
 
     def _check_loss(self) -> float:
         """The mean loss of the present epoch so far. NaN or infinity stays in the sum, so no step escapes."""
-        total = self.loss_sum.item()
+        total = self.processes.total(self.loss_sum).item() / self.processes.size
         if not math.isfinite(total):
             raise self._diverged("loss", str(total))
         return total / max(self.step, 1)
@@ -211,16 +217,25 @@ class Trainer:
             "leave out such steps with --skip_bad_steps N" + (f". Its images, norms and rates: {path}" if told else "")
         )
 
-    def _stop_if(self, stop: StopRequest) -> None:
-        if stop.requested:
+    def _stop_if(self, requested: bool) -> None:
+        if requested:
             raise Interrupted(self.run_dir)
 
     def _say(self, text: str) -> None:
         if not self.quiet:
             tqdm.write(text)
 
+    def _draw(self) -> None:
+        if self.processes.is_first:
+            self.history.plot(self.run_dir / "curves.png")
+
+    def _save(self, name: str, model: MultilabelClassifier, metadata: dict[str, str]) -> None:
+        if self.processes.is_first:
+            save_model(self.run_dir / name, model, self.description, metadata)
+
     def _save_state(self) -> None:
         cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        own = {"rng": {"cpu": torch.get_rng_state(), "cuda": cuda}, "loss_sum": self.loss_sum.cpu()}
         state = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
@@ -231,11 +246,11 @@ class Trainer:
             "finished": self.finished,
             "epoch": self.epoch,
             "step": self.step,
-            "loss_sum": self.loss_sum,
             "best": self.best,
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "processes": self.processes.gather(own),
         }
-        save_state(self.run_dir / "state.pt", state)
+        if self.processes.is_first:
+            save_state(self.run_dir / "state.pt", state)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what ``state.pt`` holds; on a CPU the run then goes on as if it had never stopped."""
@@ -248,8 +263,14 @@ class Trainer:
         self.stopping.load_state_dict(state["stopping"])
         self.finished = state["finished"]
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
-        self.loss_sum.copy_(state["loss_sum"])
         self.history.restore(self.epoch)
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and state["rng"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        if len(state["processes"]) != self.processes.size:
+            raise CheckpointError(
+                f"{self.run_dir} was trained by {len(state['processes'])} processes, and now there are "
+                f"{self.processes.size}; start as many as before"
+            )
+        own = state["processes"][self.processes.rank]
+        self.loss_sum.copy_(own["loss_sum"])
+        torch.set_rng_state(own["rng"]["cpu"])
+        if self.device.type == "cuda" and own["rng"]["cuda"]:
+            torch.cuda.set_rng_state_all(own["rng"]["cuda"])

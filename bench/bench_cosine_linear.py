@@ -11,14 +11,14 @@ from bench.race import number_of_sets, race
 from mlfast.functional import cosine_linear
 
 SIZES = {  # B x D x K: heads behind EfficientNetV2-s and TResNet-L with the paper's data sets, and all of Open Images
-    "84 x 1280 x 80": (84, 1280, 80),
-    "56 x 2048 x 80": (56, 2048, 80),
-    "84 x 1280 x 500": (84, 1280, 500),
-    "32 x 1280 x 9605": (32, 1280, 9605),
-    "1 x 1280 x 80": (1, 1280, 80),  # one image at inference
-    "1024 x 1280 x 500": (1024, 1280, 500),  # the products decide
+    "COCO 84 x 1280 x 80": (84, 1280, 80),
+    "COCO 56 x 2048 x 80": (56, 2048, 80),
+    "VG500 84 x 1280 x 500": (84, 1280, 500),
+    "OpenImages 32 x 1280 x 9605": (32, 1280, 9605),
+    "COCO 1 x 1280 x 80": (1, 1280, 80),  # one image
+    "VG500 1024 x 1280 x 500": (1024, 1280, 500),  # the products decide
 }
-QUICK = "84 x 1280 x 80"
+QUICK = ("COCO 84 x 1280 x 80", "training")
 
 
 def plain(x, weight):
@@ -73,8 +73,8 @@ def assert_same_results(linears, x, weight, incoming):
 
 @pytest.mark.parametrize("mode", [training, forward])
 @pytest.mark.parametrize("size", SIZES)
-def bench_cosine_linear(benchmark, record, device, bandwidth, quick, size, mode):
-    if quick and size != QUICK:
+def bench_cosine_linear(benchmark, record, device, quick, size, mode):
+    if quick and (size, mode.__name__) != QUICK:
         pytest.skip("left out of --quick")
     batch, length, classes = SIZES[size]
     inputs, linears = make_inputs(SIZES[size], device), contestants()
@@ -91,7 +91,6 @@ def bench_cosine_linear(benchmark, record, device, bandwidth, quick, size, mode)
         mode=mode.__name__,
         bytes=moved,
         multiply_adds=batch * length * classes * (3 if mode is training else 1),
+        growth={"over": "B x D x K", "at": batch * length * classes, "curve": mode.__name__},
         median_us={name: round(value * 1e6, 1) for name, value in medians.items()},
-        percent_of_copy_bandwidth=round(100 * moved / medians["mlfast"] / bandwidth, 1),
-        percent_of_products=round(100 * medians["products alone"] / medians["mlfast"], 1),
     )

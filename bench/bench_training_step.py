@@ -16,9 +16,11 @@ from bench.race import race
 from mlfast.models import create_model
 
 RHO = 0.05
-SIZES = {  # backbone, batch, image size, labels
-    "mobilenetv3_small on COCO, 8 x 3 x 64 x 64": ("mobilenetv3_small_100", 8, 64, 80),
-    "mobilenetv3_small on COCO, 8 x 3 x 224 x 224": ("mobilenetv3_small_100", 8, 224, 80),
+BACKBONE, LABELS = "mobilenetv3_small_100", 80
+SIZES = {  # head and its arguments, batch, image size; with dropout no two contestants would compute the same
+    "mobilenetv3_small on COCO, 8 x 3 x 64 x 64": ("gap", {}, 8, 64),
+    "mobilenetv3_small on COCO, 8 x 3 x 224 x 224": ("gap", {}, 8, 224),
+    "mobilenetv3_small on COCO, ml_decoder, 4 x 3 x 128 x 128": ("ml_decoder", {"dropout": 0.0}, 4, 128),
 }
 QUICK = "mobilenetv3_small on COCO, 8 x 3 x 64 x 64"
 
@@ -67,10 +69,10 @@ def make_inputs(batch, image_size, labels, device):
 def bench_training_step(benchmark, record, device, quick, size):
     if quick and size != QUICK:
         pytest.skip("left out of --quick")
-    backbone, batch, image_size, labels = SIZES[size]
+    head, head_args, batch, image_size = SIZES[size]
     torch.manual_seed(0)
-    model, loss = create_model(backbone, labels).to(device), mlfast.AAMLoss()
-    inputs = make_inputs(batch, image_size, labels, device)
+    model, loss = create_model(BACKBONE, LABELS, head=head, head_args=head_args).to(device), mlfast.AAMLoss()
+    inputs = make_inputs(batch, image_size, LABELS, device)
     steps = {name: sam_step(copy.deepcopy(model), loss, backend) for name, backend in BACKENDS.items()}
     for arguments in inputs[:2]:  # the second loss depends on the first step
         values = [step(*arguments) for step in steps.values()]

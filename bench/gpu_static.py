@@ -1,7 +1,7 @@
 """What compilers say of the kernels for GPUs: ``python -m bench.gpu_static`` writes results/static/gpu.json.
 
 Registers, spills, shared memory, the occupancy that they allow, and the instructions of the main loop. **Static
-figures, never speeds**; no GPU is needed. The compilers and the jobs are those of tests/kernels/test_compile_gpu.py.
+figures, never speeds**; no GPU is needed. The compilers and the jobs are those of tests/kernels.
 Triton must be there, which brings cuobjdump; nvcc, or Triton's compiler for AMD GPUs, may be missing, and then their
 figures are.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.machine import commit
-from tests.kernels import test_compile_gpu as compilers
+from tests.kernels import compilers
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "bench" / "results" / "static" / "gpu.json"

@@ -26,8 +26,9 @@ def _both_sides(logit, clip, CLIPPED: tl.constexpr):
         closed = base <= 1e-37  # there a negative has exactly zero loss and gradient; NaN is not closed
         base = tl.where(closed, 1e-37, base)
         q = tl.where(closed | (complement + clip > 1.0), 1.0, complement + clip)
-        slope = tl.where(closed, 0.0, p * complement)
-        neg = log_positive(q), -slope / q, base, log_positive(base), slope / base
+        # One division for the variance over q and over base. They add up to 1, so their product does not underflow.
+        ratio = tl.where(closed, 0.0, p * complement / (q * base))
+        neg = log_positive(q), -ratio * base, base, log_positive(base), ratio * q
     return (log_p, complement, complement, log_complement, -p), neg
 
 

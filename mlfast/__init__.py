@@ -1,6 +1,9 @@
 """mlfast: hand-fused kernels for multi-label image classification, with a lean trainer."""
 
+import importlib as _importlib
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 if not (_Path(__file__).parent / "kernels").exists():
     # Run from the checkout without an install: the folder kernels/ beside this package is mlfast.kernels.
@@ -23,6 +26,20 @@ from mlfast.nn import (
 )
 from mlfast.sparse_targets import SparseTargets
 
+if _TYPE_CHECKING:
+    from mlfast.models.weights import load_checkpoint
+    from mlfast.nn.accelerate import accelerate
+
+_LAZY = {"accelerate": "mlfast.nn.accelerate", "load_checkpoint": "mlfast.models.weights"}
+
+
+def __getattr__(name: str) -> _Any:
+    """The functions that few programs call are imported when they are first asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'mlfast' has no attribute {name!r}")
+    return getattr(_importlib.import_module(_LAZY[name]), name)
+
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -38,8 +55,10 @@ __all__ = [
     "ReweightPool",
     "SparseTargets",
     "__version__",
+    "accelerate",
     "backends",
     "create_model",
     "functional",
+    "load_checkpoint",
     "use_backend",
 ]

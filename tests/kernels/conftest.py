@@ -1,6 +1,9 @@
-"""The judge of the losses' kernels for GPUs: float64 formulas of its own, guard bands, and the bounds on errors."""
+"""The judge of the losses' kernels for GPUs: float64 formulas, guard bands, bounds on errors. And Triton's compiler."""
 
+import functools
 import itertools
+import json
+import subprocess
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from mlfast import SparseTargets
 from mlfast.ops import aam_loss, asymmetric_loss
+from tests.kernels import compilers
 
 GUARD = 64  # elements on either side of every output
 GUARD_VALUE = 7.0
@@ -242,3 +246,21 @@ def sparse_problem_fixture():
 @pytest.fixture(name="random_problem")
 def random_problem_fixture():
     return random_problem
+
+
+@pytest.fixture(scope="session")
+def compile_triton(tmp_path_factory):
+    """Compiles jobs for a target; AMD's compiler may be absent from a build of Triton."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    folder = tmp_path_factory.mktemp("triton")
+
+    @functools.cache
+    def compiled(jobs: str, target: tuple):
+        try:
+            return compilers.compile_ahead(json.loads(jobs), target, folder)
+        except subprocess.CalledProcessError as error:
+            if target[0] == "hip" and compilers.NO_COMPILER in error.stderr:
+                pytest.skip("this build of Triton has no compiler for AMD GPUs")
+            pytest.fail(error.stderr)
+
+    return lambda jobs, target: compiled(json.dumps(jobs), target)

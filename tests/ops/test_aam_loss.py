@@ -208,8 +208,9 @@ def test_more_than_two_to_the_31_elements():
 @settings(deadline=None, max_examples=60)
 @given(
     data=st.data(),
-    rows=st.integers(1, 9),
-    classes=st.integers(1, 70),
+    # Enough elements that PyTorch's largest error is no matter of luck; tiny shapes are tested above.
+    rows=st.integers(4, 16),
+    classes=st.integers(16, 70),
     scale=st.floats(1, 100),
     margin=st.floats(0, 1),
     k=st.floats(0, 1),

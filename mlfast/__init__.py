@@ -15,10 +15,12 @@ from mlfast.graph import Graph
 from mlfast.models import create_model
 from mlfast.nn import (
     CSRA,
+    MLGCN,
     AAMLoss,
     AsymmetricLoss,
     CosineLinear,
     GraphAttention,
+    GraphBranch,
     GroupLinear,
     MLDecoder,
     Query2Label,
@@ -44,11 +46,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CSRA",
+    "MLGCN",
     "AAMLoss",
     "AsymmetricLoss",
     "CosineLinear",
     "Graph",
     "GraphAttention",
+    "GraphBranch",
     "GroupLinear",
     "MLDecoder",
     "Query2Label",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train a model; without arguments, on built-in scenes of handwritten digits",
     "data": "check a data set: statistics, missing files, broken images, speed",
+    "graph": "show and draw which labels occur together",
     "info": "count the parameters and multiply-accumulates of a model",
     "backends": "show which kernels can run on this machine, and why the others cannot",
     "bench": "time every op on this machine against plain PyTorch, and say which gain nothing here",

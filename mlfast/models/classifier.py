@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from mlfast.models.backbone import create_backbone, extract_features, probe_features
 from mlfast.models.heads import HEADS, create_head
+from mlfast.models.label_graph import LabelCounts, LabelGraph
+from mlfast.models.label_inputs import create_branch, create_label_inputs
 from mlfast.nn.ml_decoder import MLDecoder
+from mlfast.nn.ml_gcn import MLGCN
 from mlfast.ops.reweight_pool import reweight_pool
 
 
-class GraphBranch(Protocol):
+class ChannelWeights(Protocol):
     """What `create_model` takes as ``graph``: a module that knows one weight per channel, whatever the image."""
 
     def weight(self) -> Tensor:
@@ -93,13 +96,14 @@ class MultilabelClassifier(nn.Module):
     def fold(self) -> MultilabelClassifier:
         """A copy for inference, in evaluation mode, in which all that is the same for every image is a constant.
 
-        That is the query side of an ML-Decoder, and the weights of a graph branch. Call it when the weights are final:
-        the copy shares no memory with this model, and its ``state_dict`` has other names.
+        That is the query side of an ML-Decoder, the classifiers of an ML-GCN, and the weights of a graph branch. Call
+        it when the weights are final: the copy shares no memory with this model, and its ``state_dict`` has other
+        names.
         """
         folded = copy.deepcopy(self).eval().requires_grad_(False)
         if folded.graph_branch is not None:
             folded.graph_branch = ConstantWeight(folded.graph_branch.weight())
-        if isinstance(folded.classifier, MLDecoder):
+        if isinstance(folded.classifier, (MLDecoder, MLGCN)):
             folded.classifier = folded.classifier.fold()
         return folded
 
@@ -124,7 +128,9 @@ def create_model(
     *,
     head: str = "gap",
     head_args: Mapping[str, Any] | None = None,
-    graph: nn.Module | None = None,
+    graph: nn.Module | str | None = None,
+    label_vectors: Any = None,
+    cooccurrence: LabelCounts | LabelGraph | Tensor | None = None,
     cosine: bool = True,
     image_size: int | None = None,
     scale: float | None = None,
@@ -138,11 +144,16 @@ def create_model(
             also takes the tokens of a vision transformer.
         num_classes: number K of labels.
         head: ``"gap"``, global average pooling and one weight vector per class; ``"ml_decoder"``, `mlfast.MLDecoder`;
-            ``"q2l"``, `mlfast.Query2Label`; or ``"csra"``, `mlfast.CSRA`.
+            ``"q2l"``, `mlfast.Query2Label`; ``"csra"``, `mlfast.CSRA`; or ``"ml_gcn"``, `mlfast.MLGCN`.
         head_args: arguments for the head, such as ``{"num_groups": 20}``.
-        graph: a branch that re-weights the channels: a module whose method ``weight()`` gives ``[S]`` for the S
-            channels of the backbone, the same for every image. With the head ``"gap"`` the pooling is then mean plus
-            maximum.
+        graph: a branch that re-weights the channels: ``"gat_reweight"`` or ``"gcn_reweight"``, an `mlfast.GraphBranch`
+            of that kind; or a module whose method ``weight()`` gives ``[S]`` for the S channels of the backbone, the
+            same for every image. With the head ``"gap"`` the pooling is then mean plus maximum.
+        label_vectors: an array [K, N], one vector per label, for a ``graph`` that is named and for ``"ml_gcn"``; by
+            default `mlfast.models.cooccurrence_vectors` of ``cooccurrence``.
+        cooccurrence: for the same two, which labels occur together in the training images: what
+            `mlfast.models.count_labels` gives, a matrix [K, K] of image counts, or the result of
+            `mlfast.models.create_label_graph`.
         cosine: normalise features and weights, for angular losses; otherwise the head gives logits.
         image_size: height and width of the images, for backbones that are built for one size (ViT, Swin); by default
             the one they were published with. Others take any size.
@@ -156,7 +167,7 @@ def create_model(
 
     Raises:
         ValueError: unknown backbone (close matches are named), unknown head, features that the head does not take,
-            arguments or a graph branch that do not fit.
+            arguments, a graph branch, label vectors or co-occurrence that do not fit.
         ImportError: timm or torchvision is missing; the message names the remedy.
     """
     if head not in HEADS:
@@ -165,8 +176,15 @@ def create_model(
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     body = create_backbone(backbone, pretrained=pretrained, image_size=image_size, arguments=backbone_args)
     channels, is_map = probe_features(body, backbone, image_size)
+    arguments = dict(head_args or {})
+    if head == "ml_gcn" or isinstance(graph, str):
+        labels = create_label_inputs(num_classes, label_vectors, cooccurrence)
+        if isinstance(graph, str):
+            graph = create_branch(graph, labels, channels)
+        if head == "ml_gcn":
+            arguments = labels._asdict() | arguments
     classifier = create_head(
-        head, (channels, is_map), num_classes, cosine=cosine, arguments=head_args or {}, backbone=backbone
+        head, (channels, is_map), num_classes, cosine=cosine, arguments=arguments, backbone=backbone
     )
     if graph is not None:
         _check_graph(graph, channels, backbone)

@@ -10,6 +10,7 @@ from torch import nn
 from mlfast.nn.cosine_linear import CosineLinear
 from mlfast.nn.csra import CSRA
 from mlfast.nn.ml_decoder import MLDecoder
+from mlfast.nn.ml_gcn import MLGCN
 from mlfast.nn.query2label import Query2Label
 
 
@@ -22,6 +23,7 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "ml_decoder": MLDecoder,
     "q2l": Query2Label,
     "csra": CSRA,
+    "ml_gcn": MLGCN,
 }
 _TAKE_TOKENS = ("ml_decoder",)
 

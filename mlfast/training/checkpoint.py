@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from mlfast.models import MultilabelClassifier, create_model
+from mlfast.models.label_inputs import saved_label_inputs
 from mlfast.training.config import TrainConfig
 from mlfast.training.errors import CheckpointError
 
@@ -57,6 +58,7 @@ def describe_model(config: TrainConfig, model: MultilabelClassifier, classes: Se
         "backbone_args": config.backbone_args,
         "head": config.head,
         "head_args": config.head_args,
+        "graph": config.graph,
         "classes": list(classes),
         "cosine": config.loss == "aam",
         "scale": model.scale,
@@ -110,8 +112,10 @@ def load_model(folder: str | Path) -> tuple[MultilabelClassifier, dict[str, Any]
         head=description["head"],
         head_args=description.get("head_args"),  # older files have none
         cosine=description.get("cosine", True),
+        graph=None if description.get("graph", "none") == "none" else description["graph"],
         image_size=description["image_size"],
         scale=description["scale"],
+        **saved_label_inputs(tensors),
         **description["backbone_args"],
     )
     try:

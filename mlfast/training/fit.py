@@ -126,6 +126,7 @@ def _create_trainer(
     from mlfast.models import create_model
     from mlfast.training.batches import TensorBatches
     from mlfast.training.checkpoint import describe_model, write_text
+    from mlfast.training.labels import graph_arguments
     from mlfast.training.trainer import Trainer
 
     device = _device(config.device)
@@ -145,6 +146,7 @@ def _create_trainer(
         image_size=config.image_size,
         scale=config.scale if config.loss == "aam" else 1.0,
         pretrained=config.pretrained,
+        **graph_arguments(config, train.targets, train.classes),
         **config.backbone_args,
     )
     model.to(device)

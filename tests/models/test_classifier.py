@@ -90,5 +90,5 @@ def test_unknown_tag_names_the_known_ones():
 
 
 def test_unknown_head():
-    with pytest.raises(ValueError, match="unknown head 'gat'; available: 'gap', 'ml_decoder', 'q2l', 'csra'"):
+    with pytest.raises(ValueError, match="unknown head 'gat'; available: 'gap', 'ml_decoder', 'q2l', 'csra', 'ml_gcn'"):
         create_model("test_resnet", 3, head="gat")

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -91,6 +92,32 @@ def test_every_head_trains_and_resumes(tiny, head):
     assert resume(result.run_dir, quiet=True) == result
     model, description = load_model(result.run_dir / "best")
     assert description["head"] == head and model.training is False
+
+
+@pytest.mark.filterwarnings("ignore:.*no neighbour")
+@pytest.mark.parametrize(
+    ("head", "graph", "vectors"),
+    [("gap", "gat_reweight", "cooccurrence"), ("ml_gcn", "gcn_reweight", "vectors.npy")],
+)
+def test_graph_branches_train_and_resume(tiny, tmp_path, head, graph, vectors):
+    if vectors != "cooccurrence":
+        vectors = str(tmp_path / vectors)
+        np.save(vectors, np.random.default_rng(0).normal(size=(40, 12)))
+    result = fit(tiny(head=head, graph=graph, label_vectors=vectors, epochs=2), quiet=True)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert resume(result.run_dir, quiet=True) == result
+    model, description = load_model(result.run_dir / "last")
+    assert description["graph"] == graph
+    assert model.graph_branch.kind == graph[:3]
+    assert model.graph_branch.vectors.shape == (40, 40 if vectors == "cooccurrence" else 12)
+
+
+def test_label_vectors_that_cannot_be_read(tiny, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"label_vectors: got 'absent.txt', expected vectors of the labels: .*No such"
+    ):
+        fit(tiny(graph="gat_reweight", label_vectors="absent.txt"), quiet=True)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_does_not(tiny):

@@ -1,0 +1,192 @@
+"""Graph layers over labels: the paper's re-weighting branch, and what it shares with ML-GCN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import elu, leaky_relu
+
+from mlfast.graph import Graph
+from mlfast.nn.graph_attention import GraphAttention
+
+KINDS = ("gat", "gcn")
+
+
+class GraphConvolution(nn.Module):
+    """A graph convolution without bias, ``Z (X W)`` (Kipf & Welling, 2017); ``W`` is U(-1/sqrt(out), 1/sqrt(out)).
+
+    Shape:
+        x ``[K, in]`` and Z ``[K, K]`` -> ``[K, out]``. ``weight`` is W, ``[in, out]``.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_features, out_features))
+        nn.init.uniform_(self.weight, -(out_features**-0.5), out_features**-0.5)
+
+    def forward(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Map ``[K, in]`` to ``[K, out]``."""
+        return matrix @ (x @ self.weight)
+
+
+class LabelNetwork(nn.Module):
+    """Two graph layers that make a vector [S] of every label, from its given vector [N] and its neighbours.
+
+    The given vectors and the edges are buffers: they move and are saved with the module, and are not trained.
+    ``kind="gat"`` keeps the edges only; ``"gcn"`` also their weights, and while in use Z as a matrix [K, K].
+
+    Args:
+        vectors: [K, N] floating point, such as word vectors.
+        graph: Z, [K, K] floating point: label i attends to j, or convolves it, where ``Z[i, j] > 0``. With "gat" also
+            an `mlfast.Graph`.
+        hidden_features: width of the first layer's output.
+        out_features: S.
+        kind: "gat", graph attention with one head and ELU, or "gcn", graph convolution.
+        dropout: of attention weights, in training.
+        negative_slope: of the LeakyReLU.
+        activate_output: whether the LeakyReLU follows the second layer as well as the first.
+
+    Raises:
+        ValueError: an unknown kind, or a graph that does not fit vectors or kind.
+    """
+
+    vectors: Tensor
+    edge_index: Tensor
+    edge_weight: Tensor | None
+    graph: Graph | Tensor
+
+    def __init__(
+        self,
+        vectors: Tensor,
+        graph: Tensor | Graph,
+        hidden_features: int,
+        out_features: int,
+        *,
+        kind: str = "gat",
+        dropout: float = 0.1,
+        negative_slope: float = 0.2,
+        activate_output: bool = True,
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        edge_index, edge_weight = _check(vectors, graph, kind)
+        self.kind = kind
+        self.negative_slope = negative_slope
+        self.activate_output = activate_output
+        self.register_buffer("vectors", vectors.detach().clone())
+        self.register_buffer("edge_index", edge_index)  # sources j, targets i
+        self.register_buffer("edge_weight", edge_weight)
+        self.graph = self._build_graph()
+        sizes = ((vectors.shape[1], hidden_features), (hidden_features, out_features))
+        layers = [
+            GraphAttention(*size, dropout=dropout) if kind == "gat" else GraphConvolution(*size) for size in sizes
+        ]
+        self.layers = nn.ModuleList(layers)
+
+    def represent(self) -> Tensor:
+        """The vector of every label, ``[K, S]``."""
+        first, second = self.layers
+        x = leaky_relu(self._activate(first(self.vectors, self.graph)), self.negative_slope)
+        x = self._activate(second(x, self.graph))
+        return leaky_relu(x, self.negative_slope) if self.activate_output else x
+
+    def _activate(self, x: Tensor) -> Tensor:
+        return elu(x) if self.kind == "gat" else x
+
+    def _build_graph(self) -> Graph | Tensor:
+        """What the layers take, from the buffers."""
+        num_nodes = len(self.vectors)
+        if self.edge_weight is None:
+            return Graph.from_edges(self.edge_index, num_nodes)
+        source, target = self.edge_index
+        return self.edge_weight.new_zeros(num_nodes, num_nodes).index_put((target, source), self.edge_weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LabelNetwork:  # moved or cast, as are parameters and buffers
+        super()._apply(fn, recurse)
+        self.graph = self.graph.to(self.vectors.device) if isinstance(self.graph, Graph) else fn(self.graph)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.graph = self._build_graph()
+
+    def extra_repr(self) -> str:
+        """Sizes and kind, for ``repr``."""
+        return f"labels={len(self.vectors)}, edges={self.edge_index.shape[1]}, kind={self.kind!r}"
+
+
+class GraphBranch(LabelNetwork):
+    r"""A weight for every channel of an image model, from a graph over its labels (Prokofiev & Sovrasov).
+
+    .. math:: w_s = \sigma(\max_k h_{ks}), \qquad
+              h = \rho(\phi(Z, \rho(\phi(Z, X))))
+
+    with a graph layer :math:`\phi` and :math:`\rho` = LeakyReLU after both. The weights are the same for every image:
+    at inference they are a constant, which ``model.fold()`` puts in the place of the branch.
+
+    The sigmoid is the released code's; the paper does not mention it. Without it weights can be negative and of any
+    size.
+
+    Args:
+        vectors: [K, N] floating point, one per label, such as word vectors. Not trained.
+        graph: Z, [K, K] floating point: label i learns from label j where ``Z[i, j] > 0``. "gat" uses this pattern
+            only, and takes an `mlfast.Graph` as well.
+        out_features: channels S of the image model.
+        hidden_features: H; by default S.
+        kind: "gat", graph attention (one head, then ELU), the paper's; or "gcn", graph convolution, which the released
+            configuration files choose.
+        dropout: of attention weights, in training.
+        negative_slope: of the LeakyReLU.
+        sigmoid: whether the weights are squashed into (0, 1).
+
+    Raises:
+        ValueError: an unknown kind, or a graph that does not fit vectors or kind.
+    """
+
+    def __init__(
+        self,
+        vectors: Tensor,
+        graph: Tensor | Graph,
+        out_features: int,
+        hidden_features: int | None = None,
+        *,
+        kind: str = "gat",
+        dropout: float = 0.1,
+        negative_slope: float = 0.2,
+        sigmoid: bool = True,
+    ) -> None:
+        hidden_features = out_features if hidden_features is None else hidden_features
+        super().__init__(
+            vectors, graph, hidden_features, out_features, kind=kind, dropout=dropout, negative_slope=negative_slope
+        )
+        self.sigmoid = sigmoid
+
+    def weight(self) -> Tensor:
+        """The channel weights ``[S]``; random in training, if there is dropout."""
+        largest = self.represent().amax(0)
+        return torch.sigmoid(largest) if self.sigmoid else largest
+
+
+def _check(vectors: Any, graph: Any, kind: str) -> tuple[Tensor, Tensor | None]:
+    """Sources and targets of the edges [2, E], and for graph convolutions their weights [E]."""
+    if not isinstance(vectors, Tensor) or vectors.dim() != 2 or not vectors.is_floating_point():
+        got = f"{list(vectors.shape)} of {vectors.dtype}" if isinstance(vectors, Tensor) else type(vectors).__name__
+        raise ValueError(f"vectors must be a floating point tensor [K, N], one row per label, got {got}")
+    num_nodes = len(vectors)
+    if isinstance(graph, Graph):
+        if kind != "gat":
+            raise ValueError("kind='gcn' needs the weights of edges: pass Z as a tensor [K, K], not an mlfast.Graph")
+        if graph.num_nodes != num_nodes:
+            raise ValueError(f"graph must be over the {num_nodes} labels of vectors, got {graph.num_nodes} nodes")
+        rows = torch.repeat_interleave(torch.arange(num_nodes, device=graph.device), graph.indptr.diff())
+        return torch.stack([graph.indices.long(), rows]).to(vectors.device), None
+    if not isinstance(graph, Tensor) or graph.shape != (num_nodes, num_nodes):
+        got = str(list(graph.shape)) if isinstance(graph, Tensor) else type(graph).__name__
+        raise ValueError(f"graph must be [{num_nodes}, {num_nodes}], for the {num_nodes} labels of vectors, got {got}")
+    graph = graph.detach().to(vectors.device)
+    target, source = (graph > 0).nonzero().unbind(1)
+    weight = graph[target, source].to(vectors.dtype) if kind == "gcn" else None
+    return torch.stack([source, target]), weight

@@ -1,0 +1,39 @@
+"""What a model with graph layers is told about the labels of its training images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mlfast.models import cooccurrence_vectors, count_labels, create_label_graph, read_word_vectors
+from mlfast.models.label_inputs import GRAPHS
+from mlfast.sparse_targets import SparseTargets
+from mlfast.training.config import TrainConfig
+from mlfast.training.errors import ConfigError
+
+
+def graph_arguments(config: TrainConfig, targets: Tensor | SparseTargets, classes: Sequence[str]) -> dict[str, Any]:
+    """The arguments ``graph``, ``label_vectors`` and ``cooccurrence`` of `mlfast.create_model`, where they are needed.
+
+    Raises:
+        ConfigError: the label vectors cannot be read.
+    """
+    if config.graph not in GRAPHS and config.head != "ml_gcn":
+        return {}
+    counts = count_labels(targets)
+    if config.label_vectors == "cooccurrence":
+        vectors: Any = cooccurrence_vectors(counts)
+    else:
+        vectors = _read(config.label_vectors, classes)
+    graph = config.graph if config.graph in GRAPHS else None
+    return {"graph": graph, "label_vectors": vectors, "cooccurrence": create_label_graph(counts, classes)}
+
+
+def _read(path: str, classes: Sequence[str]) -> Any:
+    try:
+        return np.load(path, allow_pickle=False) if path.endswith(".npy") else read_word_vectors(path, classes)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"label_vectors: got {path!r}, expected vectors of the labels: {error}"]) from error

@@ -25,7 +25,15 @@ examples:
   mlfast train my.yaml --name x --resume auto      start it, or continue it: for jobs that may be killed
 """
 
-_METAVARS = {int: "N", float: "X", bool: "true|false", dict[str, Any]: "{...}", str: "TEXT", str | None: "TEXT"}
+_METAVARS = {
+    int: "N",
+    int | None: "N",
+    float: "X",
+    bool: "true|false",
+    dict[str, Any]: "{...}",
+    str: "TEXT",
+    str | None: "TEXT",
+}
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

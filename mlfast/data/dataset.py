@@ -101,7 +101,7 @@ class ImageDataset(Dataset):
                 got = f"{result.dtype} {list(result.shape)}"
                 raise ValueError(f"transform: gave {got}, expected uint8 [3, H, W]; it is normalised on the device.")
             return result
-        return torch.from_numpy(np.array(result.convert("RGB"))).permute(2, 0, 1).contiguous()
+        return to_tensor(result)
 
     def _replacement(self, index: int, reason: str) -> tuple[Tensor, Tensor]:
         from PIL import Image
@@ -119,6 +119,11 @@ class ImageDataset(Dataset):
         height, width = self.size or _BROKEN_SIZE
         grey = Image.new("RGB", (width, height), _BROKEN_COLOUR)
         return self._tensor(grey), torch.full((self.annotations.num_classes,), -1, dtype=torch.int8)
+
+
+def to_tensor(image: Image) -> Tensor:
+    """An image of Pillow's as uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 class ShardStream(IterableDataset):

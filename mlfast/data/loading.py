@@ -6,7 +6,7 @@ import difflib
 import importlib
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,7 +59,7 @@ def load_annotations(
     if kind == "digits":
         return _digits(split, cache_dir, options)
     module = reader(kind)
-    _check_options(kind, module, options)
+    check_options(kind, options)
     if root is None:
         raise ValueError(f"root: {kind} needs the folder of the data set; only the digits are built in.")
     parts = [_load(kind, module, Path(root), part, options, cache_folder(cache_dir)) for part in split.split("+")]
@@ -95,8 +95,13 @@ def _load(kind: str, module: ModuleType, root: Path, split: str, options: dict[s
     return annotations
 
 
-def _check_options(kind: str, module: ModuleType, options: dict[str, Any]) -> None:
-    known: Sequence[str] = list(options_of(module))
+def check_options(kind: str, options: Mapping[str, Any]) -> None:
+    """Check that the format has these options; their values are the reader's business.
+
+    Raises:
+        ValueError: there is no such kind or option.
+    """
+    known: Sequence[str] = list(options_of(reader(kind)))
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)

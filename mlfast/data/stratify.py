@@ -32,11 +32,19 @@ def stratified_split(annotations: Annotations, fractions: Sequence[float], seed:
     Raises:
         ValueError: `fractions` is not as above.
     """
+    parts = stratified_rows(annotations.positive, annotations.num_classes, fractions, seed)
+    return [annotations.subset(rows) for rows in parts]
+
+
+def stratified_rows(
+    labels: LabelLists, num_classes: int, fractions: Sequence[float], seed: int = 0
+) -> list[np.ndarray]:
+    """As `stratified_split`, of the positives alone: the sorted rows of the images of every part, int64."""
     shares = np.asarray(fractions, np.float64)
     if shares.ndim != 1 or not len(shares) or not (shares > 0).all() or abs(shares.sum() - 1) > 1e-6:
         raise ValueError(f"fractions: got {fractions!r}, expected numbers above 0 with the sum 1, e.g. [0.9, 0.1].")
-    part = _assign(annotations.positive, annotations.num_classes, shares, np.random.default_rng(seed))
-    return [annotations.subset(np.flatnonzero(part == number)) for number in range(len(shares))]
+    part = _assign(labels, num_classes, shares, np.random.default_rng(seed))
+    return [np.flatnonzero(part == number) for number in range(len(shares))]
 
 
 def _assign(labels: LabelLists, num_classes: int, shares: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""Batches out of tensors that are in memory."""
+"""Batches of a data set: what the trainer asks of them, and those out of tensors that are in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: uint8 ``[B, 3, H, W]``.
-        targets: int8 ``[B, K]``; 1 has the label, 0 has not, -1 unknown.
+        targets: int8 ``[B, K]``; 1 has the label, 0 has not, -1 unknown. Of mixed images float32, between 0 and 1.
         rows: where each image stands in its data set.
     """
 
@@ -23,19 +23,81 @@ class Batch(NamedTuple):
     rows: Tensor
 
 
+class Batches(Protocol):
+    """What the trainer asks of a split.
+
+    Attributes:
+        num_images: of the split, over all processes.
+        mostly_unknown: whether a label of which nothing is said is unknown and not absent, as in Open Images.
+    """
+
+    num_images: int
+    mostly_unknown: bool
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        ...
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from batch ``start`` on, on the device."""
+        ...
+
+    def name(self, row: int) -> str:
+        """What to call an image in a message."""
+        ...
+
+
+class Rows:
+    """Which images make up which batch.
+
+    The order of an epoch depends on the seed and the epoch's number alone, so a run that continues in the middle of an
+    epoch sees the images that it would have seen. Of several processes, each has every ``world_size``-th image: in
+    training of every batch, so all take part in each step; in evaluation of the split, so each image counts once.
+
+    Args:
+        num_images: in the split.
+        batch_size: images a batch, over all processes. A shuffled last batch that is not full is left out. Without
+            shuffling it is kept, and the number is per process.
+        seed: of the order; None keeps the order of the images.
+        rank, world_size: number of this process, and of all.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        if self.seed is None:
+            return -(-len(range(self.rank, self.num_images, self.world_size)) // self.batch_size)
+        return self.num_images // self.batch_size
+
+    def epoch(self, number: int, start: int = 0, device: torch.device | None = None) -> Iterator[Tensor]:
+        """The rows of each batch of an epoch from batch ``start`` on, int64 ``[B]``."""
+        if self.seed is None:
+            own = torch.arange(self.rank, self.num_images, self.world_size, device=device)
+            yield from own[start * self.batch_size :].split(self.batch_size) if start < len(self) else ()
+            return
+        # One generator per epoch, seeded by a pair of numbers: nothing has to be stored to continue a run.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        order = torch.randperm(self.num_images, generator=generator).to(device)
+        for batch in range(start, len(self)):
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world_size]
+
+
 class TensorBatches:
     """Slices a data set that fits in memory into batches; no worker processes, no copies between processes.
 
-    Everything is moved to the device once. The order of an epoch depends on the seed and the epoch's number alone, so
-    a run that continues in the middle of an epoch sees the images that it would have seen.
+    Everything is moved to the device once.
 
     Args:
         images: uint8 ``[N, 3, H, W]``.
         targets: int8 ``[N, K]``; 1 has the label, 0 has not, -1 unknown.
-        batch_size: images a batch. A shuffled last batch that is not full is left out; without shuffling it is kept.
-        seed: of the order; None keeps the order of the tensors.
-        rank, world_size: of several processes, each has every ``world_size``-th image of every batch.
+        batch_size, seed, rank, world_size: as in `Rows`.
     """
+
+    mostly_unknown = False
 
     def __init__(
         self,
@@ -50,28 +112,17 @@ class TensorBatches:
     ) -> None:
         self.images = images.to(device)
         self.targets = targets.to(device)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.share = slice(rank, None, world_size)
+        self.num_images = len(images)
+        self._rows = Rows(len(images), batch_size, seed, rank, world_size)
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.images), self.batch_size)
-        return full + (self.seed is None and rest > 0)
+        return len(self._rows)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from batch ``start`` on."""
-        order = self._order(number)
-        for batch in range(start, len(self)):
-            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size][self.share]
+        for rows in self._rows.epoch(number, start, self.images.device):
             yield Batch(self.images[rows], self.targets[rows], rows)
 
     def name(self, row: int) -> str:
         """What to call an image in a message."""
         return f"image {row}"
-
-    def _order(self, epoch: int) -> Tensor:
-        if self.seed is None:
-            return torch.arange(len(self.images), device=self.images.device)
-        # One generator per epoch, seeded by a pair of numbers: nothing has to be stored to continue a run.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        return torch.randperm(len(self.images), generator=generator).to(self.images.device)

@@ -7,6 +7,7 @@ the old one and renamed over it, so a killed process leaves the old file or the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,7 @@ def describe_model(config: TrainConfig, model: MultilabelClassifier, classes: Se
         "cosine": config.loss == "aam",
         "scale": model.scale,
         "image_size": config.image_size,
+        "resize": config.resize,
         "mean": [round(value, 6) for value in model.mean.flatten().tolist()],
         "std": [round(value, 6) for value in model.std.flatten().tolist()],
     }
@@ -123,6 +125,21 @@ def load_model(folder: str | Path) -> tuple[MultilabelClassifier, dict[str, Any]
     except RuntimeError as error:
         raise CheckpointError(f"the weights in {folder} do not fit {description['backbone']!r}: {error}") from error
     return model.eval(), description
+
+
+def check_classes(trained: Sequence[str], given: Sequence[str]) -> None:
+    """Refuse data whose classes are not those that a model was trained on, in their order.
+
+    Raises:
+        CheckpointError: they are not; the message names the first that differs.
+    """
+    pairs = itertools.zip_longest(trained, given)
+    for number, (old, new) in enumerate(pairs):
+        if old != new:
+            raise CheckpointError(
+                f"the data set has other classes than the model: class {number} is {new!r} ({len(given)} classes), "
+                f"expected {old!r} ({len(trained)}); read it with classes: [...] as in the model's config.json"
+            )
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

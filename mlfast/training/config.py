@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from mlfast.training.data_settings import DEFAULT_DIGITS, data_problems
 from mlfast.training.errors import ConfigError
 
 Rule = tuple[str, Callable[[Any], bool]]
@@ -57,10 +58,26 @@ class TrainConfig:
         ConfigError: lists every wrong value with its key, what was given and what is expected.
     """
 
-    data: Literal["digits"] = _option("digits", "Data", "built-in data set: scenes of handwritten digits")
-    train_images: int = _option(8000, "Data", "number of training images", _at_least(1))
-    val_images: int = _option(1000, "Data", "number of validation images", _at_least(1))
+    data: Literal[
+        "digits", "coco", "csv", "folder", "json", "nus_wide", "openimages", "parquet", "vg500", "voc2007", "webdataset"
+    ] = _option("digits", "Data", "kind of data set; the digits are built in, for others see docs/data.md")
+    data_root: str | None = _option(None, "Data", "folder of the data set; not for the digits")
+    train_split: str | None = _option(None, "Data", "to train on, e.g. train+test; by default the kind's")
+    val_split: str | None = _option(None, "Data", "to evaluate on; by default the kind's")
+    data_args: dict[str, Any] = field(
+        default_factory=dict, metadata=_about("Data", "options of the kind's reader, as YAML or JSON")
+    )
+    train_images: int | None = _option(None, "Data", "digits: images to train on; by default 8000", _at_least(1))
+    val_images: int | None = _option(None, "Data", "digits: images to evaluate on; by default 1000", _at_least(1))
     image_size: int = _option(64, "Data", "height and width of an image, in pixels", _between(32, 512))
+    resize: Literal["squash", "crop"] = _option("squash", "Data", "squash to a square, or keep the aspect and crop")
+    augment: Literal["none", "flip", "randaugment"] = _option("none", "Data", "none, flip, or randaugment and flip")
+    cutout: float = _option(0.0, "Data", "side of Cutout's rectangle, a share of the image's; 0: none", _between(0, 1))
+    mixup: float = _option(0.0, "Data", "alpha of mixup; 0: none", _at_least(0))
+    cutmix: float = _option(0.0, "Data", "alpha of CutMix; 0: none", _at_least(0))
+    workers: int | None = _option(
+        None, "Data", "processes that read images; by default one a core, at most 4", _at_least(0)
+    )
 
     backbone: str = _option("test_resnet", "Model", "timm model with a spatial feature map")
     backbone_args: dict[str, Any] = field(
@@ -178,17 +195,16 @@ def unknown_key(name: str) -> str:
 
 
 def _problems(values: dict[str, Any]) -> list[str]:
-    problems = [text for name, value in values.items() if (text := _problem(name, value))]
-    return problems or _conflicts(values)
+    wrong = {name: text for name, value in values.items() if (text := _problem(name, value))}
+    return [*wrong.values(), *data_problems(values, wrong), *([] if wrong else _conflicts(values))]
 
 
 def _conflicts(values: dict[str, Any]) -> list[str]:
     """What is wrong with values that are each right."""
     problems = []
-    if values["batch_size"] > values["train_images"]:
-        problems.append(
-            f"batch_size: got {values['batch_size']}, expected at most train_images ({values['train_images']})"
-        )
+    train_images = values["train_images"] or DEFAULT_DIGITS["train_images"]
+    if values["data"] == "digits" and values["batch_size"] > train_images:
+        problems.append(f"batch_size: got {values['batch_size']}, expected at most train_images ({train_images})")
     if values["sam_adaptive"] and not values["sam_rho"]:
         problems.append("sam_adaptive: got true with sam_rho 0, expected sam_rho above 0 (0.05 to 2)")
     if values["loss"] != "aam" and values["margin"]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from mlfast.training.config import TrainConfig
 from mlfast.training.distributed import Processes, joined_processes
@@ -122,10 +121,9 @@ def _create_trainer(
 ) -> Trainer:
     import yaml
 
-    from mlfast.data.digits import DigitScenes
     from mlfast.models import create_model
-    from mlfast.training.batches import TensorBatches
     from mlfast.training.checkpoint import describe_model, write_text
+    from mlfast.training.data import create_data
     from mlfast.training.labels import graph_arguments
     from mlfast.training.trainer import Trainer
 
@@ -135,18 +133,17 @@ def _create_trainer(
             [f"batch_size: got {config.batch_size}, expected a multiple of the number of processes, {processes.size}"]
         )
     torch.manual_seed(config.seed)
-    train = DigitScenes("train", config.train_images, config.image_size)
-    val = DigitScenes("val", config.val_images, config.image_size)
+    data = create_data(config, device, processes.rank, processes.size)
     model = create_model(
         config.backbone,
-        len(train.classes),
+        len(data.classes),
         head=config.head,
         head_args=config.head_args,
         cosine=config.loss == "aam",
         image_size=config.image_size,
         scale=config.scale if config.loss == "aam" else 1.0,
         pretrained=config.pretrained,
-        **graph_arguments(config, train.targets, train.classes),
+        **graph_arguments(config, data.count_labels, data.classes),
         **config.backbone_args,
     )
     model.to(device)
@@ -160,33 +157,20 @@ def _create_trainer(
             write_text(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
         processes.wait()
         torch.manual_seed(config.seed + processes.rank)  # the same weights, but not the same dropout
-
-    def batches(images: Tensor, targets: Tensor, seed: int | None = None) -> TensorBatches:
-        size = config.batch_size if seed is not None else max(config.batch_size, 256)
-        share = {"rank": processes.rank, "world_size": processes.size}
-        return TensorBatches(images, targets, size, device=device, seed=seed, **share)
-
-    kept, held_out = _split(len(train.images), config.held_out_share)
     trainer = Trainer(
         config,
         model,
-        batches(train.images[kept], train.targets[kept], config.seed),
-        batches(val.images, val.targets),
-        batches(train.images[held_out], train.targets[held_out]) if len(held_out) else None,
+        data.train,
+        data.val,
+        data.held_out,
         run_dir,
-        describe_model(config, model, train.classes),
+        describe_model(config, model, data.classes),
         processes,
         quiet,
     )
     if state is not None:
         trainer.load_state(state)
     return trainer
-
-
-def _split(images: int, share: float) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows held out. The same in every run: which images they are is no part of its randomness."""
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
-    return order[round(share * images) :].sort().values, order[: round(share * images)].sort().values
 
 
 def _check_packages() -> None:

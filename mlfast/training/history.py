@@ -16,8 +16,8 @@ class History:
     """The epochs of a run, kept in a file ``metrics.jsonl`` with one JSON object a line.
 
     Keys of a line: ``epoch`` (from 1), ``loss`` (training, per image), ``lr`` (at the end), ``images_per_second``,
-    ``seconds``, then ``val_loss``, ``mAP``, ``OF1``, ... of the trained weights, and the same with ``ema_`` in front
-    for their average. A value that is not finite is null.
+    ``data_seconds`` (that training waited for batches), ``seconds``, then ``val_loss``, ``mAP``, ``OF1``, ... of the
+    trained weights, and the same with ``ema_`` in front for their average. A value that is not finite is null.
 
     Args:
         path: the file; it is touched by `restore` and `append` only.

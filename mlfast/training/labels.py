@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from mlfast.models import cooccurrence_vectors, count_labels, create_label_graph, read_word_vectors
+from mlfast.models import cooccurrence_vectors, create_label_graph, read_word_vectors
+from mlfast.models.label_graph import LabelCounts
 from mlfast.models.label_inputs import GRAPHS
-from mlfast.sparse_targets import SparseTargets
 from mlfast.training.config import TrainConfig
 from mlfast.training.errors import ConfigError
 
 
-def graph_arguments(config: TrainConfig, targets: Tensor | SparseTargets, classes: Sequence[str]) -> dict[str, Any]:
+def graph_arguments(
+    config: TrainConfig, count_labels: Callable[[], LabelCounts], classes: Sequence[str]
+) -> dict[str, Any]:
     """The arguments ``graph``, ``label_vectors`` and ``cooccurrence`` of `mlfast.create_model`, where they are needed.
 
     Raises:
@@ -23,7 +24,7 @@ def graph_arguments(config: TrainConfig, targets: Tensor | SparseTargets, classe
     """
     if config.graph not in GRAPHS and config.head != "ml_gcn":
         return {}
-    counts = count_labels(targets)
+    counts = count_labels()
     if config.label_vectors == "cooccurrence":
         vectors: Any = cooccurrence_vectors(counts)
     else:

@@ -17,8 +17,9 @@ _COLUMNS = (
     ("ema_mAP", 7, "{:.1f}", 100),
     ("images_per_second", 8, "{:.0f}", 1),
     ("seconds", 7, "{:.1f}", 1),
+    ("data_seconds", 7, "{:.1f}", 1),
 )
-_TITLES = {"val_loss": "val loss", "ema_mAP": "EMA mAP", "images_per_second": "images/s"}
+_TITLES = {"val_loss": "val loss", "ema_mAP": "EMA mAP", "images_per_second": "images/s", "data_seconds": "waiting"}
 _SCORES = ("mAP", "OF1", "CF1", "OP", "OR", "CP", "CR")
 
 BAR_FORMAT = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"

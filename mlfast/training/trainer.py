@@ -16,8 +16,8 @@ from tqdm import tqdm
 from mlfast.evaluation import Predictions
 from mlfast.models import MultilabelClassifier
 from mlfast.training.bad_step import RecentSteps
-from mlfast.training.batches import Batch, TensorBatches
-from mlfast.training.checkpoint import save_model, save_state
+from mlfast.training.batches import Batch, Batches
+from mlfast.training.checkpoint import check_classes, save_model, save_state
 from mlfast.training.config import TrainConfig
 from mlfast.training.distributed import ONE_PROCESS, Processes, wrap
 from mlfast.training.early_stopping import EarlyStopping
@@ -25,6 +25,7 @@ from mlfast.training.ema import EMA
 from mlfast.training.errors import CheckpointError, Interrupted, TrainingError
 from mlfast.training.history import History
 from mlfast.training.interrupt import StopRequest, catch_interrupt
+from mlfast.training.loader import WaitingTime
 from mlfast.training.optimization import create_loss, create_optimizer, create_schedule
 from mlfast.training.step import Step, autocast
 from mlfast.training.terminal import BAR_FORMAT, epoch_line, header, postfix, summary
@@ -51,9 +52,9 @@ class Trainer:
         self,
         config: TrainConfig,
         model: MultilabelClassifier,
-        train: TensorBatches,
-        val: TensorBatches,
-        held_out: TensorBatches | None,
+        train: Batches,
+        val: Batches,
+        held_out: Batches | None,
         run_dir: Path,
         description: dict[str, Any],
         processes: Processes = ONE_PROCESS,
@@ -77,6 +78,7 @@ class Trainer:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # over those steps
         self.best: dict[str, Any] = {"mAP": -1.0, "epoch": 0, "prefix": ""}
         self.finished = False
+        self.waiting = WaitingTime([])
         self.recent = RecentSteps()
         self.history = History(run_dir / "metrics.jsonl", config.tensorboard, writes=processes.is_first)
 
@@ -109,6 +111,7 @@ class Trainer:
             "loss": self._check_loss(),
             "lr": self.schedule.get_last_lr()[0],
             "images_per_second": round(images_per_second, 1),
+            "data_seconds": round(self.waiting.seconds, 2),
         }
         for prefix, model in self._models():
             record |= self._evaluate(model, self.val, prefix, stop)
@@ -125,7 +128,8 @@ class Trainer:
         hide = True if self.quiet else None  # None: hidden where the output is not a terminal
         look = {"desc": title, "bar_format": BAR_FORMAT, "leave": False, "disable": hide}
         with tqdm(total=len(self.train), initial=first, **look) as bar:
-            for batch in self.train.epoch(self.epoch, start=first):
+            self.waiting = WaitingTime(self.train.epoch(self.epoch, start=first))
+            for batch in self.waiting:
                 self._train_step(batch)
                 if self.step % _LOOK_EVERY == 0 or self.step == len(self.train):
                     loss = self._check_loss()
@@ -164,11 +168,11 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(
-        self, model: MultilabelClassifier, batches: TensorBatches, prefix: str, stop: StopRequest
+        self, model: MultilabelClassifier, batches: Batches, prefix: str, stop: StopRequest
     ) -> dict[str, float]:
         model.eval()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        predictions = Predictions(len(self.description["classes"]))
+        predictions = Predictions(len(self.description["classes"]), batches.mostly_unknown)
         for batch in batches.epoch(self.epoch):
             self._stop_if(stop.requested and self.processes.size == 1)
             output = self._forward(model, batch.images)
@@ -178,7 +182,7 @@ class Trainer:
             predictions.add(self.model.probabilities(output), batch.targets)
         metrics = predictions.gather().metrics()
         scores = {prefix + name: getattr(metrics, name) for name in _METRICS}
-        return {prefix + "val_loss": self.processes.total(loss).item() / len(batches.images), **scores}
+        return {prefix + "val_loss": self.processes.total(loss).item() / batches.num_images, **scores}
 
     def _finish_epoch(self, record: dict[str, Any]) -> None:
         if self.epoch == 0:
@@ -247,6 +251,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
+            "classes": self.description["classes"],
             "processes": self.processes.gather(own),
         }
         if self.processes.is_first:
@@ -254,6 +259,7 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what ``state.pt`` holds; on a CPU the run then goes on as if it had never stopped."""
+        check_classes(state.get("classes", self.description["classes"]), self.description["classes"])
         self.model.load_state_dict(state["model"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])

@@ -38,7 +38,7 @@ def test_all_problems_are_listed_at_once():
         ("prob_shift", -0.1),
         ("ema_decay", 1.0),
         ("seed", -1),
-        ("data", "coco"),
+        ("data", "cocoo"),
         ("device", None),
         ("lr", [1]),
     ],

@@ -25,7 +25,7 @@ from mlfast.training import (
 )
 from mlfast.training.trainer import Trainer
 
-TIMES = {"seconds", "images_per_second"}
+TIMES = {"seconds", "images_per_second", "data_seconds"}
 
 
 def final_state(run_dir):

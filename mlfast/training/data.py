@@ -1,0 +1,191 @@
+"""From the settings to the batches of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mlfast.data.annotations import AnnotationError, Annotations, LabelLists
+from mlfast.data.dataset import ImageDataset, to_tensor
+from mlfast.data.digits import DigitScenes
+from mlfast.data.loading import load_annotations, options_of, reader
+from mlfast.data.stratify import stratified_rows
+from mlfast.data.transforms import ImageTransform
+from mlfast.models.label_graph import LabelCounts, count_labels
+from mlfast.training.batches import Batches, TensorBatches
+from mlfast.training.config import TrainConfig
+from mlfast.training.data_settings import DEFAULT_DIGITS, DEFAULT_SPLITS
+from mlfast.training.errors import ConfigError
+from mlfast.training.loader import Item, LoaderBatches
+from mlfast.training.mixing import MixedBatches
+
+_EVALUATED_AT_ONCE = 256  # digits
+_LOOKED_FOR = 100  # images of a split
+
+
+class Data(NamedTuple):
+    """The splits of a run, and the names of the classes in the order of the targets.
+
+    ``held_out`` is the part of the training images that nothing is trained on, if there is one. ``count_labels`` counts
+    which labels occur together in the others.
+    """
+
+    train: Batches
+    val: Batches
+    held_out: Batches | None
+    classes: tuple[str, ...]
+    count_labels: Callable[[], LabelCounts]
+
+
+def create_data(config: TrainConfig, device: torch.device, rank: int = 0, world_size: int = 1) -> Data:
+    """Read the labels of the splits and make their batches; no image is opened yet.
+
+    What is held out keeps the frequency of every class (iterative stratification). It is the same in every run: which
+    images they are is no part of a run's randomness.
+
+    Args:
+        config: the settings.
+        device: where batches go.
+        rank, world_size: number of this process, and of all; each gets its share of the images.
+
+    Raises:
+        ConfigError: the labels or images are not there, or there are fewer training images than a batch has.
+    """
+    share: dict[str, Any] = {"device": device, "rank": rank, "world_size": world_size}
+    data = _digits(config, share) if config.data == "digits" else _files(config, share)
+    if not len(data.train):
+        raise ConfigError(
+            [f"batch_size: got {config.batch_size}, expected at most {data.train.num_images}, the images to train on"]
+        )
+    if config.mixup or config.cutmix:
+        return data._replace(train=MixedBatches(data.train, config.mixup, config.cutmix, config.seed))
+    return data
+
+
+def _digits(config: TrainConfig, share: dict[str, Any]) -> Data:
+    train = DigitScenes("train", config.train_images or DEFAULT_DIGITS["train_images"], config.image_size)
+    val = DigitScenes("val", config.val_images or DEFAULT_DIGITS["val_images"], config.image_size)
+    images, classes = np.nonzero(train.targets.numpy())
+    labels = LabelLists.from_pairs(images, classes, len(train), len(train.classes))
+    kept, held_out = _hold_out(labels, len(train.classes), config)
+
+    def batches(scenes: DigitScenes, rows: Any = slice(None)) -> TensorBatches:
+        size = max(config.batch_size, _EVALUATED_AT_ONCE)
+        return TensorBatches(scenes.images[rows], scenes.targets[rows], size, **share)
+
+    return Data(
+        _digits_to_train(config, train.images[kept], train.targets[kept], share),
+        batches(val),
+        batches(train, held_out) if len(held_out) else None,
+        tuple(train.classes),
+        lambda: count_labels(train.targets[kept]),
+    )
+
+
+def _digits_to_train(config: TrainConfig, images: Tensor, targets: Tensor, share: dict[str, Any]) -> Batches:
+    transform = ImageTransform(None, config.augment, config.cutout)
+    if transform == ImageTransform():
+        return TensorBatches(images, targets, config.batch_size, seed=config.seed, **share)
+    names = [f"image {row}" for row in range(len(images))]
+    dataset = _TensorImages(images, targets, transform)
+    workers = _workers(config)
+    return LoaderBatches(dataset, config.batch_size, names=names, seed=config.seed, workers=workers, **share)
+
+
+class _TensorImages(Dataset[Item]):
+    """Images in memory which are augmented as Pillow's."""
+
+    def __init__(self, images: Tensor, targets: Tensor, transform: ImageTransform) -> None:
+        self.images, self.targets, self.transform = images, targets, transform
+
+    def __getitem__(self, row: int) -> Item:
+        from PIL import Image
+
+        image = Image.fromarray(self.images[row].permute(1, 2, 0).contiguous().numpy())
+        return to_tensor(self.transform(image)), self.targets[row]
+
+
+def _files(config: TrainConfig, share: dict[str, Any]) -> Data:
+    train, val = _annotations(config)
+    kept, held_out = _hold_out(train.positive, train.num_classes, config)
+    crop = config.image_size if config.resize == "crop" else None
+    augmented = ImageTransform(crop, config.augment, config.cutout)
+
+    def batches(annotations: Annotations, transform: ImageTransform, seed: int | None = None) -> LoaderBatches:
+        return LoaderBatches(
+            ImageDataset(annotations, None if crop else config.image_size, transform),
+            config.batch_size,
+            names=annotations.paths,
+            seed=seed,
+            mostly_unknown=annotations.rest == "unknown",
+            workers=_workers(config),
+            **share,
+        )
+
+    trained = train.subset(kept)
+    return Data(
+        batches(trained, augmented, config.seed),
+        batches(val, ImageTransform(crop)),
+        batches(train.subset(held_out), ImageTransform(crop)) if len(held_out) else None,
+        train.classes,
+        lambda: LabelCounts(*map(torch.from_numpy, map(np.ascontiguousarray, trained.cooccurrence()))),
+    )
+
+
+def _annotations(config: TrainConfig) -> tuple[Annotations, Annotations]:
+    """Of the two splits, with the same classes in the same order."""
+    train_split, val_split = DEFAULT_SPLITS[config.data]
+    options = dict(config.data_args)
+    train, problem = _load(config, "train_split", config.train_split or train_split, options)
+    if train and "classes" in options_of(reader(config.data)):
+        options = {"classes": list(train.classes)} | options  # what is found in the other split may be less
+    val, other_problem = _load(config, "val_split", config.val_split or val_split, options)
+    if not train or not val:
+        raise ConfigError([text for text in (problem, other_problem) if text])
+    if train.classes != val.classes:
+        raise ConfigError([f"val_split: {val.split!r} has other classes than {train.split!r}; give both the same list"])
+    return train, val
+
+
+def _load(config: TrainConfig, key: str, split: str, options: dict[str, Any]) -> tuple[Annotations | None, str]:
+    """The labels of a split, or what is wrong with them."""
+    try:
+        annotations = load_annotations(config.data, config.data_root, split, **options)
+    except AnnotationError as error:
+        return None, f"{key}: {error}"
+    except (TypeError, ValueError) as error:  # a value of an option
+        return None, f"data_args: {error}"
+    if not len(annotations):
+        return None, f"{key}: {split!r} has no images"
+    if missing := _missing_images(annotations):
+        return None, f"{key}: there are labels of {len(annotations)} images, but {missing} does not exist, nor others"
+    return annotations, ""
+
+
+def _missing_images(annotations: Annotations) -> Path | None:
+    """The path of the first image if none of a sample is there. That some are missing is the data set's business."""
+    if annotations.shards:
+        return None
+    sample = np.linspace(0, len(annotations) - 1, min(len(annotations), _LOOKED_FOR)).astype(int).tolist()
+    if any((annotations.root / annotations.paths[row]).exists() for row in sample):
+        return None
+    return annotations.root / annotations.paths[0]
+
+
+def _hold_out(labels: LabelLists, num_classes: int, config: TrainConfig) -> Sequence[np.ndarray]:
+    """Rows to train on and rows held out."""
+    share = config.held_out_share
+    if not share:
+        return np.arange(len(labels)), np.arange(0)
+    return stratified_rows(labels, num_classes, [1 - share, share])
+
+
+def _workers(config: TrainConfig) -> int:
+    return min(4, os.cpu_count() or 1) if config.workers is None else config.workers

@@ -1,0 +1,143 @@
+"""Batches of image files, read and augmented by worker processes."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mlfast.data.dataset import BrokenImagesError
+from mlfast.training.batches import Batch, Rows
+from mlfast.training.errors import TrainingError
+
+Item = tuple[Tensor, Tensor]
+
+
+class LoaderBatches:
+    """Batches of a data set that gives one image at a time, such as `mlfast.data.ImageDataset`.
+
+    The order of an epoch depends on (seed, epoch) and what a transform draws from torch's CPU generator on (seed,
+    epoch, row), whatever the number of workers: a run that continues in the middle of an epoch sees exactly what it
+    would have seen. The caller's random state is left alone. Workers read ahead two batches each. Those of a shuffled
+    data set live as long as this object; those of an evaluation, which is rare, are started for it.
+
+    Args:
+        images: gives uint8 ``[3, H, W]``, all of one size, and int8 ``[K]``.
+        batch_size, seed, rank, world_size: as in `mlfast.training.batches.Rows`.
+        names: of the images, by row; ``annotations.paths``.
+        mostly_unknown: as in `mlfast.training.batches.Batches`.
+        workers: processes that read; 0 reads in this one.
+        start_method: of the workers: "fork", "spawn" or "forkserver"; None takes Python's default.
+
+    Raises:
+        TrainingError: while an epoch runs: more images are broken than the data set allows.
+    """
+
+    def __init__(
+        self,
+        images: Dataset[Item],
+        batch_size: int,
+        *,
+        names: Sequence[str],
+        device: torch.device,
+        seed: int | None = None,
+        mostly_unknown: bool = False,
+        workers: int = 0,
+        start_method: str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.num_images, self.names, self.device, self.mostly_unknown = len(names), names, device, mostly_unknown
+        self._order = _EpochOrder(Rows(len(names), batch_size, seed, rank, world_size))
+        self._loader: DataLoader[tuple[Tensor, Tensor, Tensor]] = DataLoader(
+            _SeededItems(images, seed or 0),
+            batch_sampler=self._order,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0 and seed is not None,
+            multiprocessing_context=start_method if workers else None,
+            worker_init_fn=_leave_signals_to_the_parent,
+            generator=torch.Generator(),  # or the loader would draw from the run's own
+        )
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from batch ``start`` on."""
+        self._order.number, self._order.start = number, start
+        try:
+            for images, targets, rows in self._loader:
+                yield Batch(images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True), rows)
+        except BrokenImagesError as error:  # out of a worker the message comes behind a traceback in text
+            raise TrainingError(str(error).rpartition("BrokenImagesError: ")[2].strip()) from error
+
+    def name(self, row: int) -> str:
+        """The path of an image."""
+        return self.names[row]
+
+
+class WaitingTime:
+    """Passes batches on and adds up how long they were waited for.
+
+    Attributes:
+        seconds: spent waiting so far.
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = iter(batches)
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+class _EpochOrder:
+    """The batches of the epoch that is set, as lists of (epoch, row): workers need nothing else to know what to do."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows, self.number, self.start = rows, 0, 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        number = self.number
+        for rows in self.rows.epoch(number, self.start):
+            yield [(number, row) for row in rows.tolist()]
+
+
+class _SeededItems(Dataset[Any]):
+    """Items by (epoch, row), with a random state of their own."""
+
+    def __init__(self, images: Dataset[Item], seed: int) -> None:
+        self.images, self.seed = images, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        epoch, row = key
+        state = np.random.SeedSequence([self.seed, epoch, row]).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(state[0]))  # torch.manual_seed would reach the GPUs' too
+            return *self.images[row], row
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Ctrl-C and a batch system's SIGTERM reach the workers too, but the parent's present step needs their batches.
+
+    A second SIGTERM ends a worker: the parent sends it to one that does not stop on request.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL) and None)

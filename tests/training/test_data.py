@@ -1,0 +1,344 @@
+"""Runs on data sets of image files."""
+
+import csv
+import json
+import multiprocessing
+import os
+import signal
+import typing
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mlfast.data import KINDS, BrokenImagesError, ImageDataset, load_annotations
+from mlfast.data.transforms import ImageTransform
+from mlfast.training import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    TrainConfig,
+    TrainingError,
+    fit,
+    load_model,
+    resume,
+)
+from mlfast.training.config import field_types
+from mlfast.training.data import create_data
+from mlfast.training.data_settings import DEFAULT_SPLITS
+from mlfast.training.loader import LoaderBatches, WaitingTime
+from mlfast.training.mixing import MixedBatches
+from tests.training.test_fit import assert_same, at_step, final_state, untimed
+
+CPU = torch.device("cpu")
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Faster for images this small, on a machine that is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def draw(path: Path, names: list[str], random: np.random.Generator) -> None:
+    """A grey JPEG of any aspect, with a patch of each colour."""
+    width, height = random.integers(40, 64, 2).tolist()
+    pixels = random.integers(90, 160, (height, width, 3)).astype(np.uint8)
+    for name in names:
+        y, x = int(random.integers(height - 20)), int(random.integers(width - 20))
+        pixels[y : y + 20, x : x + 20] = COLOURS[name]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, quality=90)
+
+
+def write_csv(root: Path, train: int = 48, val: int = 16) -> Path:
+    random = np.random.default_rng(0)
+    root.mkdir()
+    with open(root / "labels.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "labels", "split"])
+        for number in range(train + val):
+            names = [name for name in COLOURS if random.random() < 0.5]
+            draw(root / f"images/{number:03d}.jpg", names, random)
+            split = "train" if number < train else "val"
+            writer.writerow([f"images/{number:03d}.jpg", "|".join(names), split])
+    return root
+
+
+@pytest.fixture(scope="module")
+def csv_root(tmp_path_factory):
+    return write_csv(tmp_path_factory.mktemp("data") / "csv")
+
+
+@pytest.fixture
+def on_files(tiny, csv_root):
+    """The configuration of a short run on the CSV data set."""
+
+    def make(**settings):
+        files = {"data": "csv", "data_root": str(csv_root), "data_args": {"file": "labels.csv"}, "workers": 0}
+        return tiny(**{"train_images": None, "val_images": None, "epochs": 2} | files | settings)
+
+    return make
+
+
+def gradients(count: int = 12, **settings) -> LoaderBatches:
+    """Batches of made-up images which an augmentation changes visibly."""
+    return LoaderBatches(Gradients(count), names=[f"{row}.jpg" for row in range(count)], device=CPU, **settings)
+
+
+class Gradients(torch.utils.data.Dataset):
+    def __init__(self, count):
+        self.count = count
+
+    def __getitem__(self, row):
+        ramp = np.add.outer(np.arange(32), 2 * np.arange(32))[..., None] + np.array([row, 2 * row, 40])
+        image = ImageTransform(None, "randaugment", 0.4)(Image.fromarray(ramp.astype(np.uint8)))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.tensor([row], dtype=torch.int8)
+
+
+def assert_equal_batches(first, second):
+    first, second = list(first), list(second)
+    assert len(first) == len(second) > 0
+    for pair in zip(first, second, strict=True):
+        assert all(map(torch.equal, *pair))
+
+
+# Settings
+
+
+def test_every_kind_can_be_named_and_has_its_splits():
+    assert set(typing.get_args(field_types()["data"])) == set(KINDS) == set(DEFAULT_SPLITS)
+
+
+def test_data_problems_come_with_all_others():
+    values = {"data": "csv", "data_root": "/no/such/folder", "data_args": {"fil": "x"}, "train_images": 5, "lr": -1}
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**values)
+    assert [problem.split(": got")[0] for problem in caught.value.problems] == [
+        "lr",
+        "train_images",
+        "data_root",
+        "data_args",
+    ]
+    assert "Did you mean 'file'?" in str(caught.value) and "'/no/such/folder', expected a folder" in str(caught.value)
+    with pytest.raises(ConfigError, match="data_root: got nothing, expected the folder of the data set"):
+        TrainConfig(data="coco")
+    with pytest.raises(ConfigError, match=r"val_split: got 'x', expected nothing: the digits are built in"):
+        TrainConfig(val_split="x")
+
+
+def test_what_only_reading_shows_is_reported_before_a_folder_appears(on_files, csv_root, tmp_path):
+    wrong = [
+        ({"train_split": "trian", "val_split": "vla"}, r"2 problems.*\n  train_split: .*\n  val_split: "),
+        ({"data_args": {"file": "labels.csv", "image_folder": "elsewhere"}}, "elsewhere/.* does not exist, nor others"),
+        ({"data_args": {"file": "labels.csv", "unlabelled": "bin"}}, "data_args: .*bin"),
+        ({"batch_size": 64}, "batch_size: got 64, expected at most 48"),
+    ]
+    for settings, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            fit(on_files(**settings), quiet=True)
+    assert not (tmp_path / "runs").exists()
+
+
+# Runs
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_interrupted_with_augmentation_a_run_ends_bit_for_bit_as_if_it_had_not_been(on_files, monkeypatch, workers):
+    settings = {"workers": workers, "augment": "randaugment", "cutout": 0.4, "mixup": 0.2, "cutmix": 0.5}
+    whole = fit(on_files(name="whole", **settings | {"workers": 0}), quiet=True)
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted):
+            fit(on_files(name="parts", **settings), quiet=True)
+    torch.manual_seed(1234)
+    parts = resume(Path(on_files().runs_dir) / "parts", quiet=True)
+    assert untimed(parts.history) == untimed(whole.history)
+    assert_same(final_state(parts.run_dir), final_state(whole.run_dir))
+    assert 0 < parts.history[-1]["data_seconds"] <= parts.history[-1]["seconds"]
+
+
+def test_a_run_learns_the_colours_of_files_and_holds_out_a_stratified_part(on_files):
+    config = on_files(epochs=8, lr=0.3, augment="flip", held_out=0.25, resize="crop", backbone_args={}, ema_decay=0)
+    result = fit(config, quiet=True)
+    _, description = load_model(result.run_dir / "best")
+    assert description["classes"] == sorted(COLOURS) and description["resize"] == "crop"
+    assert result.history[-1]["loss"] < 0.7 * result.history[0]["loss"]
+    data = create_data(config, CPU)
+    shares = []
+    for batches in (data.train, data.held_out):
+        targets = torch.cat([batch.targets for batch in batches.epoch(0)])
+        shares.append(targets.float().mean(0))
+    assert (shares[0] - shares[1]).abs().max() < 0.13  # 12 images: within an image or two
+    assert not set(data.train.names) & set(data.held_out.names)
+    assert data.train.num_images + data.held_out.num_images == 48
+
+
+def test_folders_train_and_another_list_of_classes_is_refused(tiny, tmp_path):
+    random = np.random.default_rng(1)
+    for split, names in {"train": list(COLOURS), "val": ["red", "blue"]}.items():
+        for name in names:
+            for number in range(8):
+                draw(tmp_path / "folder" / split / name / f"{number}.jpg", [name], random)
+    files = {"data": "folder", "data_root": str(tmp_path / "folder"), "train_images": None, "val_images": None}
+    result = fit(tiny(epochs=1, batch_size=8, workers=0, **files), quiet=True)
+    assert load_model(result.run_dir / "last")[1]["classes"] == sorted(COLOURS)  # val alone has two of the three
+    draw(tmp_path / "folder/train/amber/0.jpg", [], random)
+    with pytest.raises(CheckpointError, match=r"class 0 is 'amber' \(4 classes\), expected 'blue' \(3\)"):
+        resume(result.run_dir, quiet=True)
+
+
+def test_the_digits_are_augmented_too(tiny):
+    data = create_data(tiny(augment="flip", workers=0), CPU)
+    assert isinstance(data.train, LoaderBatches) and data.train.name(3) == "image 3"
+    plain = create_data(tiny(), CPU).train
+    batch = next(data.train.epoch(0))
+    for image, row in zip(batch.images, batch.rows, strict=True):
+        assert torch.equal(image, plain.images[row]) or torch.equal(image.flip(-1), plain.images[row])
+    assert torch.equal(batch.rows, next(plain.epoch(0)).rows)
+
+
+def test_the_rest_may_be_unknown(on_files, tmp_path):
+    (tmp_path / "partial").mkdir()
+    root = tmp_path / "partial"
+    with open(root / "labels.json", "w") as file:
+        rows = [[f"{number}.jpg", ["red"], ["blue"]] if number % 2 else [f"{number}.jpg", ["green", "blue"], []]
+                for number in range(16)]  # fmt: skip
+        file.write(json.dumps({"classes": sorted(COLOURS), "images": rows}))
+    for number in range(16):
+        draw(root / f"{number}.jpg", ["red"], np.random.default_rng(number))
+    files = {"data": "json", "data_root": str(root), "data_args": {"file": "labels.json"}}
+    config = on_files(**files, epochs=1, batch_size=8, mixup=0.2)
+    data = create_data(config, CPU)
+    assert data.val.mostly_unknown and data.train.mostly_unknown
+    assert (next(data.val.epoch(0)).targets == -1).sum(1).tolist() == [1] * 8
+    assert fit(config, quiet=True).history[0]["mAP"] > 0
+
+
+# Batches
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_workers_change_nothing(start_method):
+    if start_method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"there is no {start_method} here")
+    here = gradients(batch_size=4, seed=3)
+    others = gradients(batch_size=4, seed=3, workers=1, start_method=start_method)
+    state = torch.get_rng_state()
+    for epoch, start in ((0, 0), (1, 2)):
+        assert_equal_batches(here.epoch(epoch, start), others.epoch(epoch, start))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_epoch_depends_on_its_number_and_an_image_on_its_row():
+    batches = gradients(batch_size=4, seed=3)
+    assert_equal_batches(list(batches.epoch(5))[1:], batches.epoch(5, 1))
+    one, two = (
+        {int(row): image for batch in batches.epoch(epoch) for image, row in zip(batch.images, batch.rows, strict=True)}
+        for epoch in (0, 1)
+    )
+    assert sum(not torch.equal(one[row], two[row]) for row in one) > 8
+    whole, halves = gradients(batch_size=4, seed=3), [
+        gradients(batch_size=4, seed=3, rank=rank, world_size=2) for rank in (0, 1)
+    ]  # fmt: skip
+    for batch, *parts in zip(whole.epoch(2), *(half.epoch(2) for half in halves), strict=True):
+        for rank, part in enumerate(parts):
+            assert_equal_batches([[tensor[rank::2] for tensor in batch]], [part])
+
+
+def test_in_evaluation_each_process_has_its_share_and_each_image_counts_once():
+    shares = [gradients(11, batch_size=3, rank=rank, world_size=2) for rank in (0, 1)]
+    rows = [[batch.rows.tolist() for batch in share.epoch(0)] for share in shares]
+    assert rows == [[[0, 2, 4], [6, 8, 10]], [[1, 3, 5], [7, 9]]]
+    assert [len(share) for share in shares] == [2, 2] and shares[0].num_images == 11
+
+
+def test_signals_to_the_workers_do_not_end_them():
+    before = set(multiprocessing.active_children())
+    batches = gradients(batch_size=2, seed=0, workers=1).epoch(0)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    assert len(list(batches)) == 5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_images_are_left_out_and_too_many_stop_the_run_by_name(tmp_path, workers):
+    root = write_csv(tmp_path / "csv", train=16, val=1)
+    (root / "images/003.jpg").write_bytes(b"\xff\xd8 not an image")
+    annotations = load_annotations("csv", root, "train", file="labels.csv")
+
+    def batches(max_broken):
+        images = ImageDataset(annotations, 32, max_broken=max_broken)
+        return LoaderBatches(images, 4, names=annotations.paths, device=CPU, workers=workers)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = next(batches(1).epoch(0))
+        assert (first.targets[3] == -1).all() and (first.targets[:3] >= 0).all()
+        with pytest.raises(TrainingError, match=r"^1 of 16 images cannot be read, .*images/003\.jpg") as caught:
+            list(batches(0).epoch(0))
+    assert isinstance(caught.value.__cause__, BrokenImagesError) and "Traceback" not in str(caught.value)
+
+
+def test_waiting_is_measured(monkeypatch):
+    clock = iter([1.0, 3.0, 10.0, 10.5, 20.0, 20.25])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    waiting = WaitingTime(iter("ab"))
+    assert list(waiting) == ["a", "b"] and waiting.seconds == 2.75
+
+
+# Mixing
+
+
+class OneBatch:
+    num_images, mostly_unknown = 4, False
+
+    def __init__(self):
+        random = torch.Generator().manual_seed(0)
+        self.images = torch.randint(256, (4, 3, 16, 20), generator=random, dtype=torch.uint8)
+        self.targets = torch.tensor([[1, 0, 1], [0, 0, -1], [1, 1, 0], [-1, 0, 0]], dtype=torch.int8)
+
+    def epoch(self, number, start=0):
+        yield self.images, self.targets, torch.arange(4)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixing(kind):
+    plain = OneBatch()
+    mixed = MixedBatches(plain, **{"mixup": 0.0, "cutmix": 0.0} | {kind: 1.0}, seed=5)
+    shares = []
+    for epoch in range(20):
+        images, targets, _ = next(mixed.epoch(epoch))
+        share = targets[2, 1].item()  # partner 1 has not what image 2 has
+        shares.append(share)
+        other = 1 - share
+        expected = torch.tensor([[-1, 0, share], [other, other, -1], [share, share, -1], [-1, 0, other]])
+        torch.testing.assert_close(targets, expected, atol=1e-6, rtol=0)
+        old, new = plain.images.double(), images.double()
+        if kind == "mixup":
+            assert (share * old + other * old.flip(0) - new).abs().max() <= 0.5 + 1e-3
+        else:
+            foreign = (images != plain.images).any(0).any(0)
+            assert (images == torch.where(foreign, plain.images.flip(0), plain.images)).all()
+            assert foreign.double().mean().item() == pytest.approx(other, abs=1e-6)
+    assert len(set(shares)) > 10 and max(shares) <= 1 and min(shares) >= 0
+    assert_equal_batches(mixed.epoch(3), mixed.epoch(3))
+
+
+@pytest.mark.parametrize("loss", ["aam", "asl", "bce"])
+def test_every_loss_takes_mixed_labels_and_leaves_unknown_ones_out(loss):
+    from mlfast.training.optimization import create_loss
+
+    images, targets, _ = next(MixedBatches(OneBatch(), 1.0, 0.0, seed=1).epoch(0))
+    scores = torch.linspace(-0.9, 0.9, 12).view(4, 3).requires_grad_()
+    create_loss(TrainConfig(loss=loss))(scores, targets).backward()
+    assert ((scores.grad == 0) == (targets < 0)).all()
+    assert images.dtype == torch.uint8

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "train a model; without arguments, on built-in scenes of handwritten digits",
+    "find-lr": "search for the learning rate of a training run",
+    "recipes": "list the recipes of the paper, to train by their names",
     "data": "check a data set: statistics, missing files, broken images, speed",
     "graph": "show and draw which labels occur together",
     "info": "count the parameters and multiply-accumulates of a model",
     "backends": "show which kernels can run on this machine, and why the others cannot",
+    "ablate": "train on the built-in digits with each part of the method, and draw its losses",
     "bench": "time every op on this machine against plain PyTorch, and say which gain nothing here",
 }
 FAILED, USER_ERROR = 1, 2
@@ -51,6 +54,9 @@ def _run(command: str, argv: list[str]) -> int:
         message: Exception = error
     except (ValueError, OSError) as error:
         message = error
+    except KeyboardInterrupt:
+        print(f"\nmlfast {command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     print(f"mlfast {command}: {message}", file=sys.stderr)
     return USER_ERROR
 

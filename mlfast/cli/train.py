@@ -7,11 +7,12 @@ import json
 import re
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mlfast.cli import FAILED, INTERRUPTED, USER_ERROR
 
-_TRAIN_USAGE = "mlfast train [CONFIG.yaml] [--KEY VALUE ...]\n       mlfast train --resume RUN_DIR"
+_TRAIN_USAGE = "mlfast train [CONFIG.yaml | RECIPE] [--KEY VALUE ...]\n       mlfast train --resume RUN_DIR"
 _TRAIN_TEXT = """\
 Train a multi-label classifier with the AAM loss and evaluate it after every epoch. Without arguments it trains on
 built-in scenes of handwritten digits. Settings come from a YAML file of KEY: VALUE lines, and options go over it.
@@ -21,6 +22,7 @@ examples:
   mlfast train                                     the demonstration, about two minutes on two CPU cores
   mlfast train --print_config > my.yaml            all settings, to edit
   mlfast train my.yaml --lr 0.2 --name second      the file, with two settings changed
+  mlfast train RECIPE --data_root ~/coco           a recipe of the paper, see mlfast recipes
   mlfast train --resume runs/second                continue a run that was stopped by Ctrl-C or a crash
   mlfast train my.yaml --name x --resume auto      start it, or continue it: for jobs that may be killed
 """
@@ -68,12 +70,10 @@ def _fail(error: Exception, status: int) -> int:
 
 
 def _run_training(argv: list[str]) -> None:
-    if argv and not argv[0].startswith("-"):
-        argv = ["--config", *argv]
     from mlfast.training import TrainConfig, fit, resume
 
-    settings = _train_parser().parse_args(argv).as_dict()
-    del settings["config"]
+    argv = with_config_option(argv)
+    settings = read_settings(argv)
     run_dir = settings.pop("resume", None)
     if run_dir in (None, "auto"):
         fit(TrainConfig.from_dict(settings), resume=run_dir == "auto")
@@ -81,6 +81,23 @@ def _run_training(argv: list[str]) -> None:
         raise ValueError("--resume continues a run with its own settings; it goes with no other option")
     else:
         resume(run_dir)
+
+
+def with_config_option(argv: list[str]) -> list[str]:
+    """The arguments with a leading file or name of a recipe as ``--config FILE``."""
+    if not argv or argv[0].startswith("-"):
+        return argv
+    from mlfast.training.recipes import find_recipe
+
+    recipe = None if Path(argv[0]).exists() else find_recipe(argv[0])
+    return ["--config", str(recipe or argv[0]), *argv[1:]]
+
+
+def read_settings(argv: list[str]) -> dict[str, Any]:
+    """The settings that a file and options give, by their keys."""
+    settings = _train_parser().parse_args(argv).as_dict()
+    del settings["config"]
+    return settings
 
 
 def _train_parser() -> Any:

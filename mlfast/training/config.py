@@ -141,6 +141,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = _option("fp32", "Run", "of the forward pass, by autocast")
     sync_batch_norm: bool = _option(False, "Run", "batch norm over all processes; on GPUs")
     compile: bool = _option(False, "Run", "torch.compile the model")
+    report: bool = _option(True, "Run", "write report.html at the end: one more pass over the validation images")
     tensorboard: bool = _option(False, "Run", "write TensorBoard's files beside metrics.jsonl")
     channels_last: bool = _option(True, "Run", "NHWC memory format, faster for convolutions")
     seed: int = _option(0, "Run", "of initial weights and image order", _at_least(0))

@@ -67,7 +67,7 @@ def fit(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Ru
             return _continue(config, run_dir, processes, quiet)
         config = replace(config, name=run_dir.name)
         with _reproducible(config):
-            return _run(_create_trainer(config, run_dir, processes, quiet))
+            return _run(create_trainer(config, run_dir, processes, quiet))
 
 
 def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
@@ -89,7 +89,7 @@ def _continue(config: TrainConfig, run_dir: Path, processes: Processes, quiet: b
     state = load_state(run_dir / "state.pt")
     # The state replaces all weights, so there is nothing to download again.
     with _reproducible(config):
-        return _run(_create_trainer(replace(config, pretrained=False), run_dir, processes, quiet, state))
+        return _run(create_trainer(replace(config, pretrained=False), run_dir, processes, quiet, state))
 
 
 def _saved_settings(run_dir: Path) -> dict[str, Any]:
@@ -116,9 +116,10 @@ def _run(trainer: Trainer) -> RunResult:
     return RunResult(trainer.run_dir, trainer.history.records, trainer.best)
 
 
-def _create_trainer(
+def create_trainer(
     config: TrainConfig, run_dir: Path, processes: Processes, quiet: bool, state: dict[str, Any] | None = None
 ) -> Trainer:
+    """Data, model and trainer of a run, in a new folder or with the state to continue from."""
     import yaml
 
     from mlfast.models import create_model

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlfast.training.checkpoint import atomic_write, write_text
+from mlfast.training.drawing import BLUE, GREEN, GREY, ORANGE, new_figure, png, tidy
 
 Record = dict[str, Any]
 
@@ -54,7 +55,8 @@ class History:
 
     def plot(self, path: Path) -> None:
         """Draw loss and mAP over the epochs into a PNG file."""
-        draw_curves(self.records, path)
+        with atomic_write(path) as file:
+            file.write(png(curves(self.records)))
 
 
 def _tensorboard_writer(folder: Path) -> Any:
@@ -67,34 +69,25 @@ def _tensorboard_writer(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
-def draw_curves(records: list[Record], path: Path) -> None:
-    """Draw loss (left) and mAP in percent (right) over the epochs into one PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def curves(records: list[Record]) -> Any:
+    """A figure of loss (left) and mAP in percent (right) over the epochs."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # not pyplot: no window, and no global state in the caller's process
+    figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
-    blue, orange, green = "#3b6fb6", "#d9822b", "#2f9e6e"
-    _curve(left, records, "loss", 1, label="training", color=blue)
-    _curve(left, records, "val_loss", 1, label="validation", color=orange)
-    _curve(left, records, "ema_val_loss", 1, label="validation, EMA", color=green)
+    _curve(left, records, "loss", 1, label="training", color=BLUE)
+    _curve(left, records, "val_loss", 1, label="validation", color=ORANGE)
+    _curve(left, records, "ema_val_loss", 1, label="validation, EMA", color=GREEN)
     left.set(title="loss per image", xlabel="epoch")
     left.set_ylim(bottom=0)
-    _curve(right, records, "mAP", 100, label="weights", color=orange)
-    _curve(right, records, "ema_mAP", 100, label="EMA", color=green)
+    _curve(right, records, "mAP", 100, label="weights", color=ORANGE)
+    _curve(right, records, "ema_mAP", 100, label="EMA", color=GREEN)
     right.set(title="validation mAP, %", xlabel="epoch", ylim=(0, 100))
     _mark_best(right, records)
     for axes in (left, right):
-        axes.grid(True, which="both", color="#e4e4e4", linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if axes.lines:
-            axes.legend(frameon=False)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=130)
+    return figure
 
 
 def _curve(axes: Any, records: list[Record], key: str, factor: float, *, label: str, color: str) -> None:
@@ -108,4 +101,4 @@ def _mark_best(axes: Any, records: list[Record]) -> None:
     if points:
         value, epoch = max(points)
         axes.annotate(f"best {100 * value:.1f}", (epoch, 100 * value), xytext=(0, -22), textcoords="offset points",
-                      ha="right", arrowprops={"arrowstyle": "-", "color": "#777777"})  # fmt: skip
+                      ha="right", arrowprops={"arrowstyle": "-", "color": GREY})  # fmt: skip

@@ -27,6 +27,7 @@ from mlfast.training.history import History
 from mlfast.training.interrupt import StopRequest, catch_interrupt
 from mlfast.training.loader import WaitingTime
 from mlfast.training.optimization import create_loss, create_optimizer, create_schedule
+from mlfast.training.report import write_report
 from mlfast.training.step import Step, autocast
 from mlfast.training.terminal import BAR_FORMAT, epoch_line, header, postfix, summary
 
@@ -101,6 +102,7 @@ class Trainer:
                 self._draw()
                 raise
         self._draw()
+        write_report(self)
         self._say(summary(self.run_dir, self.history.records, self.best))
 
     def _run_epoch(self, stop: StopRequest) -> None:

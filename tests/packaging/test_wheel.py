@@ -69,6 +69,7 @@ def test_wheel_outside_the_checkout(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("mlfast/_native") for name in names)
     assert "mlfast/kernels/aam_loss.py" in names
+    assert "mlfast/recipes/coco-effnetv2s-mld.yaml" in names
     top_level = {name.split("/")[0] for name in names}
     assert {name for name in top_level if not name.endswith(".dist-info")} == {"mlfast"}
     assert "+ cpu" in run_installed(wheel, tmp_path)

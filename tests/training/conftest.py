@@ -25,6 +25,7 @@ def tiny(tmp_path):
             "batch_size": 16,
             "epochs": 3,
             "lr": 0.1,
+            "report": False,
             "device": "cpu",
             "runs_dir": str(tmp_path / "runs"),
             "name": "tiny",

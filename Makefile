@@ -1,6 +1,7 @@
 # make demo    train on the built-in pictures (about 3 minutes on two cores), then time the loss
 # make test    the whole test suite
 # make bench   every benchmark (at most 30 minutes on two cores); writes bench/results/, its report, and the README's tables
+# make fuzz    ten thousand damaged image files through the reader (minutes)
 # make lint    ruff, mypy, clang-format
 # make sanitize   the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # make gpu-check OUT=folder   on a machine with a GPU: build, test every backend, benchmark, with $(PYTHON) as it is
@@ -19,7 +20,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench lint format sanitize gpu-check clean
+.PHONY: demo test bench lint format fuzz sanitize gpu-check clean
 
 $(VENV)/.dependencies: pyproject.toml constraints.txt
 	@echo "== creating $(VENV) and installing dependencies (a few minutes the first time)"
@@ -41,6 +42,10 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	$(BIN)/python -m pytest
+
+# Ten thousand damaged image files: each gives an image or a clean error.
+fuzz: $(VENV)/.built
+	MLFAST_FUZZ=10000 $(BIN)/python -m pytest tests/deploy/test_images.py -k fuzz
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest bench --save-results --benchmark-quiet -p no:warnings

@@ -29,14 +29,19 @@ from mlfast.nn import (
 from mlfast.sparse_targets import SparseTargets
 
 if _TYPE_CHECKING:
+    from mlfast.deploy import Predictor
     from mlfast.models.weights import load_checkpoint
     from mlfast.nn.accelerate import accelerate
 
-_LAZY = {"accelerate": "mlfast.nn.accelerate", "load_checkpoint": "mlfast.models.weights"}
+_LAZY = {
+    "Predictor": "mlfast.deploy",
+    "accelerate": "mlfast.nn.accelerate",
+    "load_checkpoint": "mlfast.models.weights",
+}
 
 
 def __getattr__(name: str) -> _Any:
-    """The functions that few programs call are imported when they are first asked for."""
+    """What few programs call is imported when it is first asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module 'mlfast' has no attribute {name!r}")
     return getattr(_importlib.import_module(_LAZY[name]), name)
@@ -55,6 +60,7 @@ __all__ = [
     "GraphBranch",
     "GroupLinear",
     "MLDecoder",
+    "Predictor",
     "Query2Label",
     "ReweightPool",
     "SparseTargets",

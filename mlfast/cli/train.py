@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mlfast.cli import FAILED, INTERRUPTED, USER_ERROR
+from mlfast.cli import FAILED, INTERRUPTED
 
 _TRAIN_USAGE = "mlfast train [CONFIG.yaml | RECIPE] [--KEY VALUE ...]\n       mlfast train --resume RUN_DIR"
 _TRAIN_TEXT = """\
@@ -47,7 +47,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def main(argv: list[str]) -> int:
     """Start or continue a run."""
-    from mlfast.training.errors import CheckpointError, Interrupted, TrainingError
+    from mlfast.training.errors import Interrupted, TrainingError
 
     try:
         _run_training(argv)
@@ -58,15 +58,9 @@ def main(argv: list[str]) -> int:
         print("\ninterrupted; nothing was saved since the last finished epoch", file=sys.stderr)
         return INTERRUPTED
     except TrainingError as error:
-        return _fail(error, FAILED)
-    except CheckpointError as error:
-        return _fail(error, USER_ERROR)
+        print(f"mlfast train: {error}", file=sys.stderr)
+        return FAILED
     return 0
-
-
-def _fail(error: Exception, status: int) -> int:
-    print(f"mlfast train: {error}", file=sys.stderr)
-    return status
 
 
 def _run_training(argv: list[str]) -> None:

@@ -45,20 +45,41 @@ def decode(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = M
         raise ImageError("the file is empty")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            pixels = image.width * image.height
-            if pixels > max_pixels:
-                raise ImageError(f"{image.width} x {image.height} pixels are more than max_pixels={max_pixels}")
-            orientation = image.getexif().get(_ORIENTATION, 1)
-            if size is None:
-                return _turned(_rgb(image), orientation)
-            height, width = reversed(size) if orientation in _SWAPS_SIDES else size
-            image.draft(None, (width, height))
-            resized = _rgb(image).resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
-            return _turned(resized, orientation)
+            return _to_rgb(image, size, max_pixels, draft=True)
     except ImageError:
         raise
     except Exception as error:  # decoders meet hostile bytes with errors of every type
         raise ImageError(str(error) or type(error).__name__) from error
+
+
+def to_rgb(image: Image, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> Image:
+    """The same as `decode` for an image that Pillow has opened or made; the image is left as it is.
+
+    Raises:
+        ImageError: as `decode`.
+    """
+    try:
+        return _to_rgb(image, size, max_pixels, draft=False)  # a draft would change the image itself
+    except ImageError:
+        raise
+    except Exception as error:  # a file that Pillow opened is decoded only here
+        raise ImageError(str(error) or type(error).__name__) from error
+
+
+def _to_rgb(image: Image, size: tuple[int, int] | None, max_pixels: int, draft: bool) -> Image:
+    from PIL.Image import Resampling
+
+    pixels = image.width * image.height
+    if not 0 < pixels <= max_pixels:
+        limit = f"are more than max_pixels={max_pixels}" if pixels else "hold nothing"
+        raise ImageError(f"{image.width} x {image.height} pixels {limit}")
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    if size is None:
+        return _turned(_rgb(image), orientation)
+    height, width = reversed(size) if orientation in _SWAPS_SIDES else size
+    if draft:
+        image.draft(None, (width, height))
+    return _turned(_rgb(image).resize((width, height), Resampling.BILINEAR, reducing_gap=2.0), orientation)
 
 
 def _rgb(image: Image) -> Image:

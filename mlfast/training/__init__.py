@@ -1,8 +1,8 @@
 """Training: `fit` starts a run from a `TrainConfig`, `resume` continues one, `load_model` reads its result."""
 
-from mlfast.training.checkpoint import load_model
+from mlfast.models.checkpoint import CheckpointError, load_model
 from mlfast.training.config import TrainConfig
-from mlfast.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from mlfast.training.errors import ConfigError, Interrupted, TrainingError
 from mlfast.training.fit import RunResult, fit, resume
 
 __all__ = [

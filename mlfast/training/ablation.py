@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import mlfast
-from mlfast.training.checkpoint import atomic_write, write_text
+from mlfast.models.checkpoint import atomic_write, write_text
 from mlfast.training.config import TrainConfig
 from mlfast.training.drawing import BLUE, GREEN, GREY, ORANGE, new_figure, png, tidy
 

@@ -14,10 +14,6 @@ class ConfigError(ValueError):
         super().__init__(f"{count} in the configuration:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged or of another format; the message names the file."""
-
-
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to change."""
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mlfast.models.checkpoint import CheckpointError, write_text
 from mlfast.training.config import TrainConfig
 from mlfast.training.distributed import Processes, joined_processes
-from mlfast.training.errors import CheckpointError, ConfigError
+from mlfast.training.errors import ConfigError
 
 if TYPE_CHECKING:
     from mlfast.training.history import Record
@@ -123,7 +124,7 @@ def create_trainer(
     import yaml
 
     from mlfast.models import create_model
-    from mlfast.training.checkpoint import describe_model, write_text
+    from mlfast.training.checkpoint import describe_model
     from mlfast.training.data import create_data
     from mlfast.training.labels import graph_arguments
     from mlfast.training.trainer import Trainer

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mlfast.training.checkpoint import atomic_write, write_text
+from mlfast.models.checkpoint import atomic_write, write_text
 from mlfast.training.drawing import BLUE, GREEN, GREY, ORANGE, new_figure, png, tidy
 
 Record = dict[str, Any]

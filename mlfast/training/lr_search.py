@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mlfast.evaluation import Predictions
-from mlfast.training.checkpoint import atomic_write
+from mlfast.models.checkpoint import atomic_write
 from mlfast.training.config import TrainConfig
 from mlfast.training.drawing import BLUE, GREY, ORANGE, new_figure, png, tidy
 from mlfast.training.optimization import create_optimizer, create_schedule

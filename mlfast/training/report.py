@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlfast.evaluation import MultilabelMetrics, Predictions
-from mlfast.training.checkpoint import load_model, write_text
+from mlfast.models.checkpoint import load_model, write_text
 from mlfast.training.drawing import BLUE, GREEN, GREY, ORANGE, new_figure, png, tidy
 from mlfast.training.history import Record, curves
 

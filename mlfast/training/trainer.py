@@ -15,14 +15,15 @@ from tqdm import tqdm
 
 from mlfast.evaluation import Predictions
 from mlfast.models import MultilabelClassifier
+from mlfast.models.checkpoint import CheckpointError, save_model
 from mlfast.training.bad_step import RecentSteps
 from mlfast.training.batches import Batch, Batches
-from mlfast.training.checkpoint import check_classes, save_model, save_state
+from mlfast.training.checkpoint import check_classes, save_state
 from mlfast.training.config import TrainConfig
 from mlfast.training.distributed import ONE_PROCESS, Processes, wrap
 from mlfast.training.early_stopping import EarlyStopping
 from mlfast.training.ema import EMA
-from mlfast.training.errors import CheckpointError, Interrupted, TrainingError
+from mlfast.training.errors import Interrupted, TrainingError
 from mlfast.training.history import History
 from mlfast.training.interrupt import StopRequest, catch_interrupt
 from mlfast.training.loader import WaitingTime

@@ -19,9 +19,11 @@ MAY_IMPORT = {
     "models": {"nn", "ops", "backends", "graph", "sparse_targets", "torchvision_compat"},
     "data": {"torchvision_compat"},
     "evaluation": set(),
+    "deploy": {"models", "nn", "ops", "evaluation", "data", "backends", "torchvision_compat"},
     "training": {"models", "nn", "ops", "data", "evaluation", "backends", "sparse_targets", "torchvision_compat"},
     "cli": {
         "training",
+        "deploy",
         "evaluation",
         "data",
         "models",
@@ -34,7 +36,7 @@ MAY_IMPORT = {
     "backends": set(),
     "torchvision_compat": set(),
     "functional": {"ops"},
-    "__init__": {"functional", "backends", "graph", "nn", "models", "sparse_targets", "training"},
+    "__init__": {"functional", "backends", "graph", "nn", "models", "sparse_targets", "training", "deploy"},
     "__main__": {"cli"},
 }
 

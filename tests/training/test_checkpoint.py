@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 
 from mlfast.models import create_model
+from mlfast.models.checkpoint import atomic_write, save_model, write_text
 from mlfast.training import CheckpointError, TrainConfig, load_model
-from mlfast.training.checkpoint import atomic_write, describe_model, load_state, save_model, save_state, write_text
+from mlfast.training.checkpoint import describe_model, load_state, save_state
 
 CLASSES = ["cat", "dog", "eel"]
 CONFIG = TrainConfig(backbone="test_resnet", backbone_args={"drop_path_rate": 0.1}, scale=17.0, image_size=48)
@@ -102,7 +103,7 @@ def test_a_process_killed_while_it_writes_leaves_the_old_state(tmp_path):
     code = f"""
 import os, torch
 from pathlib import Path
-from mlfast.training.checkpoint import atomic_write
+from mlfast.models.checkpoint import atomic_write
 with atomic_write(Path({str(path)!r})) as file:
     torch.save({{"epoch": 2}}, file)
     file.flush()

@@ -1,0 +1,130 @@
+"""From images to labels."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlfast.data.images import MAX_PIXELS, ImageError
+from mlfast.deploy.images import read_image
+from mlfast.deploy.runtimes import open_model
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model sees in one image.
+
+    Attributes:
+        labels: name -> probability of the labels whose probability reaches their threshold, most probable first.
+        probabilities: of all classes, ``[K]`` float32, in the order of `Predictor.classes`.
+    """
+
+    labels: dict[str, float]
+    probabilities: np.ndarray
+
+
+class Predictor:
+    """Labels for images, by a trained or exported model. Any number of threads may share one.
+
+    Labels are those whose probability reaches the threshold of their class: the tuned one where there is one
+    (``thresholds.json`` beside the model, or the metadata of an exported file), else 0.5. Loading never runs code.
+
+    Args:
+        path: a model folder such as ``runs/NAME/best``, or an ``.onnx`` or OpenVINO ``.xml`` file of ``mlfast export``.
+        threshold: one for all classes instead.
+        batch_size: images that go through the model together.
+        max_pixels: refuse images with more.
+        device: of a model folder: ``"auto"``, ``"cpu"``, ``"cuda"``, ... Exported files run on the CPU.
+
+    Attributes:
+        classes: the K names.
+        thresholds: ``[K]`` float64.
+
+    Raises:
+        mlfast.models.checkpoint.CheckpointError: no model, a damaged one, or one that would have to be unpickled.
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        threshold: float | None = None,
+        batch_size: int = 32,
+        max_pixels: int = MAX_PIXELS,
+        device: str = "auto",
+    ) -> None:
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold: got {threshold}, expected a probability from 0 to 1")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+        self.model = open_model(path, device)
+        self.info = self.model.info if threshold is None else self.model.info.with_threshold(threshold)
+        self.classes = list(self.info.classes)
+        self.thresholds = np.array(self.info.thresholds)
+        self._limits = self.thresholds.astype(np.float32)  # as metrics compare them
+        self.batch_size, self.max_pixels = batch_size, max_pixels
+
+    def __call__(self, images: Any) -> Any:
+        """Predict one image, or a list of them.
+
+        Args:
+            images: a path, PIL image or array (uint8 ``[H, W, 3]`` RGB, ``[H, W, 4]``, ``[H, W]``, or uint16
+                ``[H, W]``), or an iterable of these. A path is one of a file.
+
+        Returns:
+            A `Prediction`, or a list of them for an iterable.
+
+        Raises:
+            ImageError: an image cannot be read; the message names the first such and the reason.
+            TypeError: something else than an image.
+        """
+        if isinstance(images, (str, os.PathLike, np.ndarray)) or not isinstance(images, Iterable):
+            return self([images])[0]
+        results = []
+        for result in self.stream(images):
+            if isinstance(result, ImageError):
+                raise result
+            results.append(result)
+        return results
+
+    def stream(self, images: Iterable[Any]) -> Iterator[Prediction | ImageError]:
+        """One result for each image, in order and as soon as it is there; an image that cannot be read gives its error.
+
+        Two batches are in memory at a time: one in the model, while the next is read.
+        """
+        numbered = enumerate(images)
+        with ThreadPoolExecutor(min(self.batch_size, os.cpu_count() or 1)) as pool:
+            waiting: deque[list[Future[np.ndarray | ImageError]]] = deque()
+            while batch := list(itertools.islice(numbered, self.batch_size)):
+                waiting.append([pool.submit(self._read, number, image) for number, image in batch])
+                if len(waiting) > 1:
+                    yield from self._predict([job.result() for job in waiting.popleft()])
+            while waiting:
+                yield from self._predict([job.result() for job in waiting.popleft()])
+
+    def _read(self, number: int, image: Any) -> np.ndarray | ImageError:
+        try:
+            return np.array(read_image(image, (self.info.image_size,) * 2, self.max_pixels))
+        except ImageError as error:
+            name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"images[{number}]"
+            return ImageError(f"{name}: {error}")
+
+    def _predict(self, batch: list[np.ndarray | ImageError]) -> Iterator[Prediction | ImageError]:
+        arrays = [image for image in batch if isinstance(image, np.ndarray)]
+        rows = iter(self.model(np.stack(arrays)) if arrays else ())
+        for image in batch:
+            yield image if isinstance(image, ImageError) else self._prediction(next(rows))
+
+    def _prediction(self, probabilities: np.ndarray) -> Prediction:
+        reached = np.flatnonzero(probabilities >= self._limits)
+        order = reached[np.argsort(-probabilities[reached], kind="stable")]
+        return Prediction({self.classes[k]: float(probabilities[k]) for k in order}, probabilities)

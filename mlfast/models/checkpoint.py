@@ -1,0 +1,131 @@
+"""A model on disk: a folder of ``model.safetensors`` and ``config.json``, no pickle, readable by other programs.
+
+Every file is written beside the old one and renamed over it, so a killed process leaves the old file or the new one,
+never half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mlfast.models.classifier import MultilabelClassifier, create_model
+from mlfast.models.label_inputs import saved_label_inputs
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or model file that is missing, damaged or of another format; the message names the file."""
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears under ``path`` only when all of it is on the disk."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself is on the disk only after this
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, as UTF-8."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def save_model(
+    folder: Path, model: MultilabelClassifier, description: dict[str, Any], metadata: dict[str, str]
+) -> None:
+    """Write ``model.safetensors``, with the metadata in its header, and ``config.json`` into a folder.
+
+    The description is the same for a whole run and is written first, so the two files cannot disagree.
+    """
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.json", json.dumps(description, indent=2) + "\n")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_write(folder / "model.safetensors") as file:
+        file.write(save(tensors, metadata=metadata))
+
+
+def load_model(folder: str | Path) -> tuple[MultilabelClassifier, dict[str, Any]]:
+    """Read a model folder, such as ``runs/NAME/best``.
+
+    Returns:
+        The model on the CPU in evaluation mode, and its description (keys ``classes``, ``image_size``, ``scale``,
+        ``mean``, ``std``, ``backbone``, ...). Probabilities of uint8 images ``[B, 3, image_size, image_size]`` are
+        ``model.probabilities(model(model.prepare(images)))``.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the format is another one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        description = json.loads((folder / "config.json").read_text())
+        tensors = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"no readable model in {folder}: {error}") from error
+    _check_description(description, folder / "config.json")
+    model = create_model(
+        description["backbone"],
+        len(description["classes"]),
+        head=description["head"],
+        head_args=description.get("head_args"),  # older files have none
+        cosine=description.get("cosine", True),
+        graph=None if description.get("graph", "none") == "none" else description["graph"],
+        image_size=description["image_size"],
+        scale=description["scale"],
+        **saved_label_inputs(tensors),
+        # The weights are in the folder: timm must not unpickle others, wherever a config.json comes from.
+        **{key: value for key, value in description["backbone_args"].items() if key != "checkpoint_path"},
+    )
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {folder} do not fit {description['backbone']!r}: {error}") from error
+    return model.eval(), description
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "backbone": (str,),
+    "backbone_args": (dict,),
+    "classes": (list,),
+    "head": (str,),
+    "image_size": (int,),
+    "mean": (list,),
+    "scale": (float, int),
+    "std": (list,),
+}
+
+
+def _check_description(description: Any, path: Path) -> None:
+    if not isinstance(description, dict):
+        raise CheckpointError(f"{path} holds {type(description).__name__}, expected a mapping")
+    if description.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {description.get('format')}, expected {FORMAT}")
+    for key, kinds in _KINDS.items():
+        if not isinstance(description.get(key), kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise CheckpointError(f"{path}: {key} is {description.get(key)!r}, expected {expected}")
+    if not description["classes"] or not all(isinstance(name, str) for name in description["classes"]):
+        raise CheckpointError(f"{path}: classes must be names, at least one")

@@ -1,0 +1,106 @@
+import csv
+import io
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from mlfast import cli
+from mlfast.deploy import Predictor
+
+
+@pytest.fixture
+def pictures(tmp_path, arrays):
+    """A folder with three images, one in a folder below with the name of another, and a broken file."""
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    for name, array in (("a.png", arrays[0]), ("b.png", arrays[1]), ("below/a.png", arrays[2])):
+        Image.fromarray(array).save(folder / name)
+    (folder / "broken.jpg").write_text("no image")
+    return folder
+
+
+def test_predict_table(pictures, model_folder, capsys):
+    assert cli.main(["predict", str(model_folder[0]), f"{pictures}/a.png"]) == 0
+    captured = capsys.readouterr()
+    labels = Predictor(model_folder[0])(pictures / "a.png").labels
+    assert captured.out == f"{pictures}/a.png: " + ", ".join(f"{n} {p:.2f}" for n, p in labels.items()) + "\n"
+    assert cli.main(["predict", str(model_folder[0]), f"{pictures}/a.png", "--threshold", "1"]) == 0
+    assert capsys.readouterr().out == f"{pictures}/a.png: -\n"
+
+
+def test_predict_names_bad_files_and_goes_on(pictures, tuned_folder, capsys):
+    folder = tuned_folder[0]
+    assert cli.main(["predict", str(folder), str(pictures), "--format", "json"]) == 1
+    captured = capsys.readouterr()
+    found = {entry["image"]: entry["labels"] for entry in json.loads(captured.out)}
+    assert list(found) == [f"{pictures}/{name}" for name in ("a.png", "b.png", "below/a.png")]
+    assert found[f"{pictures}/b.png"] == pytest.approx(Predictor(folder)(pictures / "b.png").labels, abs=1e-5)
+    assert f"{pictures}/broken.jpg: cannot identify image" in captured.err
+    assert "1 of 4 images could not be read" in captured.err
+
+
+def test_predict_csv_and_pictures(pictures, model_folder, capsys, tmp_path):
+    drawn = tmp_path / "drawn"
+    arguments = [str(model_folder[0]), f"{pictures}/**/*.png", "--format", "csv", "--draw", str(drawn)]
+    assert cli.main(["predict", *arguments]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert {row["image"] for row in rows} == {f"{pictures}/{name}" for name in ("a.png", "b.png", "below/a.png")}
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
+    assert sorted(path.name for path in drawn.iterdir()) == ["a-2.png", "a.png", "b.png"]
+    with Image.open(drawn / "a.png") as sheet:
+        assert sheet.width == 320 and sheet.height > 320
+        assert len(sheet.getcolors(1 << 20)) > 50
+
+
+def test_predict_nothing_readable_is_valid_json(pictures, model_folder, capsys):
+    assert cli.main(["predict", str(model_folder[0]), f"{pictures}/broken.jpg", "--format", "json"]) == 1
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_evaluate_tunes_and_says_on_what(tmp_path, model_folder, capsys):
+    folder = shutil.copytree(model_folder[0], tmp_path / "best")
+    assert cli.main(["evaluate", str(folder), "--images", "40"]) == 0
+    out = capsys.readouterr().out
+    assert "\n0.5 " in out and "adaptive" not in out and "--tune SPLIT chooses thresholds" in out
+    assert cli.main(["evaluate", str(folder), "--images", "40", "--tune", "train"]) == 0
+    out = capsys.readouterr().out
+    assert f"thresholds chosen on digits/train, 40 images: {folder}/thresholds.json" in out
+    assert "doubtful: " in out and "fewer than 10 positives for" in out
+    first, second = (line for line in out.splitlines() if line.startswith(("0.5 ", "adaptive ")))
+    assert first.split()[1] == second.split()[1] and first != second  # the same mAP
+    assert "These are the images" not in out
+    (folder / "thresholds.json").write_text("stale or broken")  # tuning again is the remedy, so it must work
+    assert cli.main(["evaluate", str(folder), "--images", "40", "--tune", "val"]) == 0
+    assert "These are the images that the thresholds were chosen on" in capsys.readouterr().out
+    assert (Predictor(folder).thresholds != 0.5).sum() > 20
+
+
+def test_export(tuned_folder, tmp_path, capsys):
+    output = tmp_path / "folded.pt2"
+    arguments = [str(tuned_folder[0]), "--format", "torch", "--fold-thresholds", "--output", str(output)]
+    assert cli.main(["export", *arguments]) == 0
+    assert capsys.readouterr().out.startswith(f"{output}: probabilities of 16 images differ from PyTorch's by at most ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "MODEL", "absent/*.jpg"], "absent/*.jpg: no such file or folder"),
+        (["predict", "MODEL", "IMAGE", "--threshold", "2"], "threshold: got 2.0"),
+        (["predict", "absent", "IMAGE"], "absent does not exist"),
+        (["predict", "model.pt", "IMAGE"], "refused"),
+        (["evaluate", "IMAGE"], "is not a model"),
+        (["evaluate", "IMAGE", "--tune", "val"], "is not a model folder"),
+        (["export", "absent"], "no readable model in absent"),
+        (["export", "MODEL", "--output", "x.xml"], "ends in .onnx"),
+    ],
+)
+def test_wrong_use_is_one_clear_message_and_status_2(arguments, message, pictures, model_folder, capsys, monkeypatch):
+    monkeypatch.chdir(pictures)
+    (pictures / "model.pt").touch()
+    names = {"MODEL": str(model_folder[0]), "IMAGE": "a.png"}
+    assert cli.main([names.get(argument, argument) for argument in arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith(f"mlfast {arguments[0]}: ") and "Traceback" not in err

@@ -55,6 +55,11 @@ class ModelInfo:
         Raises:
             CheckpointError: something is missing or of the wrong kind.
         """
+        if values.get("resize") == "crop":
+            raise CheckpointError(
+                "the model was trained with resize: crop, and here images are squashed to a square: not written yet; "
+                "train with resize: squash or call the model itself"
+            )
         try:
             limits = values.get("thresholds", [0.5] * len(values["classes"])) if thresholds is None else thresholds
             return cls(

@@ -33,6 +33,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "+ ML-Decoder": _BCE | _SAM | _DECODER | {"lr": 0.05},
     "+ AM loss": _AM | _SAM | _DECODER,
     "+ AAM loss": _AAM | _SAM | _DECODER,
+    "graph attention in place of ML-Decoder": _AAM | _SAM | {"graph": "gat_reweight"},
 }
 LOSSES: dict[str, dict[str, Any]] = {"BCE": _BCE, "ASL": _ASL, "AM": _AM, "AAM": _AAM}
 

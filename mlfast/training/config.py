@@ -69,7 +69,7 @@ class TrainConfig:
     )
     train_images: int | None = _option(None, "Data", "digits: images to train on; by default 8000", _at_least(1))
     val_images: int | None = _option(None, "Data", "digits: images to evaluate on; by default 1000", _at_least(1))
-    image_size: int = _option(64, "Data", "height and width of an image, in pixels", _between(32, 512))
+    image_size: int = _option(64, "Data", "height and width of an image, in pixels", _between(32, 1024))
     resize: Literal["squash", "crop"] = _option("squash", "Data", "squash to a square, or keep the aspect and crop")
     augment: Literal["none", "flip", "randaugment"] = _option("none", "Data", "none, flip, or randaugment and flip")
     cutout: float = _option(0.0, "Data", "side of Cutout's rectangle, a share of the image's; 0: none", _between(0, 1))

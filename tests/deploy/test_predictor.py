@@ -137,6 +137,7 @@ def test_what_is_no_model(tmp_path, name, content, message):
         ({"classes": [1]}, "classes must be names"),
         ({"scale": "x"}, "scale is 'x', expected float or int"),
         ({"mean": [1]}, "contradicts itself"),
+        ({"resize": "crop"}, "trained with resize: crop"),
         ({"std": [0, 1, 1]}, "contradicts itself"),
     ],
 )

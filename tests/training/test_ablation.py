@@ -39,7 +39,7 @@ def test_each_rung_adds_one_part():
     rungs = list(LADDER.values())
     for lower, upper in itertools.pairwise(rungs[:3]):
         assert lower.keys() <= upper.keys() and lower["loss"] == upper["loss"]
-    assert [rung["loss"] for rung in rungs] == ["bce", "bce", "bce", "aam", "aam"]
+    assert [rung["loss"] for rung in rungs] == ["bce", "bce", "bce", "aam", "aam", "aam"]
     assert {key for key in rungs[4] if rungs[3].get(key) != rungs[4][key]} == {"gamma_neg"}
 
 

@@ -72,6 +72,13 @@ def test_bench_without_a_checkout_says_how_to_get_it(monkeypatch, tmp_path, caps
     assert 'pip install --editable ".[bench]"' in capsys.readouterr().err
 
 
+def test_a_pipe_that_closes_early_is_no_error():
+    command = f"{sys.executable} -m mlfast recipes | head -1"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert run.stdout.count("\n") == 1
+    assert run.stderr == ""
+
+
 def test_unknown_command(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["tain"])

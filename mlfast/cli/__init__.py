@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -51,6 +52,9 @@ def _run(command: str, argv: list[str]) -> int:
     """The command's exit status; what a user can mend becomes one message instead of a traceback."""
     try:
         return importlib.import_module(f"mlfast.cli.{command.replace('-', '_')}").main(argv)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ModuleNotFoundError as error:
         if "pip install" not in str(error):  # ours name the remedy
             raise

@@ -38,7 +38,7 @@ def decode(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = M
         ModuleNotFoundError: Pillow is not installed.
     """
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('Images need Pillow: pip install "mlfast[train]"', name="PIL") from error
     if not data:
@@ -48,6 +48,8 @@ def decode(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = M
             return _to_rgb(image, size, max_pixels, draft=True)
     except ImageError:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError("not an image of a kind that Pillow reads") from error
     except Exception as error:  # decoders meet hostile bytes with errors of every type
         raise ImageError(str(error) or type(error).__name__) from error
 

@@ -124,6 +124,17 @@ def test_history_continues_after_the_epochs_that_count(tmp_path):
     assert path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3}\n'
 
 
+def test_history_for_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = History(tmp_path / "metrics.jsonl", tensorboard=True)
+    history.append({"epoch": 1, "mAP": 0.25, "loss": math.nan})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["mAP"]
+    assert [(event.step, event.value) for event in events.Scalars("mAP")] == [(1, 0.25)]
+
+
 @pytest.mark.parametrize("epochs", [0, 1, 5])
 def test_picture(tmp_path, epochs):
     history = History(tmp_path / "metrics.jsonl")

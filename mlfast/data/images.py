@@ -49,7 +49,7 @@ def decode(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = M
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError("not an image of a kind that Pillow reads") from error
+        raise ImageError("cannot identify image: no format that Pillow reads") from error
     except Exception as error:  # decoders meet hostile bytes with errors of every type
         raise ImageError(str(error) or type(error).__name__) from error
 

@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../math/focus.h"
 #include "elementwise_loss.h"
 #include "reduction.cuh"
 #include "vectors.cuh"

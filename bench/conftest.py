@@ -30,7 +30,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     torch.set_num_threads(config.getoption("--threads"))
     if config.getoption("--quick"):
-        race.most_seconds = 3.0
+        race.most_seconds = 2.0
     if config.getoption("--save-results") and (config.getoption("--quick") or config.getoption("-k")):
         raise pytest.UsageError("--save-results wants a whole run: leave out --quick and -k, or write to --json FILE")
     if (old := config.getoption("--compare")) and not old.is_file():

@@ -34,6 +34,12 @@ void with_type(DType dtype, F&& f) {
   throw std::invalid_argument("mlfast: unknown dtype code");
 }
 
+inline int64_t size_of(DType dtype) {
+  int64_t size = 0;
+  with_type(dtype, [&](auto* pointer) { size = sizeof(*pointer); });
+  return size;
+}
+
 inline uint32_t float_bits(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);

@@ -10,15 +10,18 @@
 #include "../loss_task.h"
 #include "../math/focus.h"
 #include "dtype.h"
+#include "huge_pages.h"
 #include "parallel.h"
+#include "prefetch.h"
 
 namespace mlfast::cpu {
 
 // How the labels of a tile can be read: all 0, 1 or unknown (< 0); any value in [0, 1]; or all 0.
 enum class Labels { kHard, kSoft, kNegative };
 
-// Tiles of scores, targets, losses, gradients and weights together fill a third of a 32 KiB L1 cache.
-constexpr int64_t kTile = 512;
+// Tiles of scores, targets, losses, gradients and weights, and those that follow, together fill a quarter of a 32 KiB L1
+// cache; requests for twice as many lines at once would wait for each other.
+constexpr int64_t kTile = 256;
 
 template <typename T, typename From>
 MLFAST_SIMD void read_hard_labels(const From* __restrict target, T* __restrict y, int64_t n) {
@@ -224,7 +227,17 @@ struct TileWorker {
 
   TileWorker(const LossTask& t, const Formula& f) : task(t), formula(f) {}
 
+  // Asks for the tile after this one: in the loops over a tile, memory and arithmetic take turns otherwise.
+  void prefetch_next(int64_t begin, int64_t n) const {
+    const auto at = [](const void* data, int64_t offset) { return static_cast<const char*>(data) + offset; };
+    const int64_t score = size_of(task.scores_type), label = size_of(task.target_type);
+    prefetch(at(task.scores, begin * score), n * score);
+    if (task.indptr == nullptr) prefetch(at(task.target, begin * label), n * label);
+    if (task.grad) prefetch_for_writing(at(task.grad, begin * score), n * score);
+  }
+
   void run(int64_t begin, int64_t n) {
+    prefetch_next(begin + kTile, n);
     const bool direct_grad =
         task.grad && task.scores_type == (std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32);
     T* grad_out = direct_grad ? static_cast<T*>(task.grad) + begin : grad;
@@ -255,6 +268,7 @@ struct TileWorker {
 template <typename T, typename Formula>
 void elementwise_loss(const LossTask& task, const Formula& formula) {
   const int64_t total = task.rows * task.classes;
+  if (task.grad) prefer_huge_pages(task.grad, total * size_of(task.scores_type));
   double loss[kMaxChunks] = {};
   int64_t known[kMaxChunks] = {};
   for_chunks(total, [&](int64_t chunk, int64_t begin, int64_t end) {

@@ -5,82 +5,22 @@
 #include "group_linear.h"
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
-#include <new>
-#include <type_traits>
 #include <vector>
 
 #include "group_linear_products.h"
+#include "group_linear_rows.h"
 #include "huge_pages.h"
 #include "parallel.h"
+#include "prefetch.h"
 
 namespace mlfast::cpu {
 namespace {
 
-// Lengths below this count as this, as in torch.nn.functional.normalize.
-constexpr double kSmallestLength = 1e-12;
 // What the backward pass may keep of a group at a time, half of a small L2 cache; and the narrowest tile of its
 // columns.
 constexpr int64_t kTileBytes = 384 * 1024;
 constexpr int64_t kNarrowestTileBytes = 1024;
-// A multiplication and addition cost far less than an element of a loss, for which threads_for was made.
-constexpr int64_t kProductsPerLoss = 16;
-
-// Aligned memory without a value.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n) : data_(static_cast<T*>(operator new(sizeof(T) * static_cast<size_t>(n), kLine))) {}
-  ~Buffer() { operator delete(data_, kLine); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* data() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  T* data_;
-};
-
-template <typename F>
-void with_float_type(DType type, const F& f) {
-  with_type(type, [&](auto* pointer) {
-    if constexpr (!std::is_integral_v<std::remove_pointer_t<decltype(pointer)>>) f(pointer);
-  });
-}
-
-int64_t size_of(DType type) {
-  int64_t size = 0;
-  with_float_type(type, [&](auto* pointer) { size = sizeof(*pointer); });
-  return size;
-}
-
-// n elements from `offset` on, converted to T.
-template <typename T>
-void load(const void* data, DType type, int64_t offset, T* to, int64_t n) {
-  with_float_type(type, [&](auto* pointer) {
-    using From = std::remove_pointer_t<decltype(pointer)>;
-    convert(static_cast<const From*>(data) + offset, to, n);
-  });
-}
-
-// Asks for n elements from `offset` on, which need not exist.
-void prefetch(const void* data, DType type, int64_t offset, int64_t n) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(offset * size_of(type));
-  const uintptr_t end = begin + static_cast<uintptr_t>(n * size_of(type));
-  for (uintptr_t line = begin; line < end; line += 64) __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
-}
-
-template <typename T>
-void store(const T* from, void* data, DType type, int64_t offset, int64_t n) {
-  with_float_type(type, [&](auto* pointer) {
-    using To = std::remove_pointer_t<decltype(pointer)>;
-    convert(from, static_cast<To*>(data) + offset, n);
-  });
-}
-
-template <typename T>
-constexpr DType kTypeOf = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -109,18 +49,6 @@ void load_weights(const GroupLinearSizes& sizes, const void* weight, DType type,
     load(weight, type, offset, converted, n * sizes.slots);
   }
   transpose(from, sizes.slots, n, used, weights, width);
-}
-
-template <typename T>
-T inverse_length(T square) {
-  const T length = std::sqrt(square), smallest = static_cast<T>(kSmallestLength);
-  return T(1) / (length < smallest ? smallest : length);  // a NaN stays one
-}
-
-// What the derivative of 1 / length is multiplied by: 0 where the length was clamped, and so constant.
-template <typename T>
-T square_unless_clamped(T inverse) {
-  return inverse < T(1) / static_cast<T>(kSmallestLength) ? inverse * inverse : T(0);
 }
 
 // ---------------------------------------------------------------------------------------------------------- forward
@@ -290,7 +218,8 @@ struct Backward {
       T* row = x.data() + b * width;
       const int64_t offset = b * t.x.batch_stride + group * t.x.group_stride + first;
       load(t.x.data, t.x.type, offset, row, n);
-      prefetch(t.x.data, t.x.type, offset + n, n);  // mostly the next columns, or the same row of the next group
+      // Mostly the next columns, or the same row of the next group.
+      prefetch(static_cast<const char*>(t.x.data) + (offset + n) * size_of(t.x.type), n * size_of(t.x.type));
       std::fill(row + n, row + filled, T(0));
     }
     load_weights(sizes, t.weight, t.weight_type, group, first, n, used, converted.data(), weights.data(), width);
@@ -326,8 +255,7 @@ struct Backward {
 // Calls pass.group(l) for every group, each pass with buffers of its own thread.
 template <typename Pass, typename Tensors>
 void for_groups(const GroupLinearSizes& sizes, const Tensors& tensors) {
-  const int64_t products = sizes.batch * sizes.groups * sizes.features * sizes.slots;
-  const int threads = static_cast<int>(std::min<int64_t>(threads_for(products / kProductsPerLoss), sizes.groups));
+  const int threads = threads_for_groups(sizes);
   std::vector<std::unique_ptr<Pass>> passes;
   for (int i = 0; i < threads; ++i) passes.push_back(std::make_unique<Pass>(sizes, tensors));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -337,6 +265,7 @@ void for_groups(const GroupLinearSizes& sizes, const Tensors& tensors) {
 }  // namespace
 
 void group_linear(const GroupLinearSizes& sizes, const GroupLinear& tensors) {
+  if (sizes.slots == 1) return group_linear_one_slot(sizes, tensors);
   if (sizes.computing == DType::kFloat64) return for_groups<Forward<double>>(sizes, tensors);
   for_groups<Forward<float>>(sizes, tensors);
 }
@@ -345,6 +274,7 @@ void group_linear_backward(const GroupLinearSizes& sizes, const GroupLinearBackw
   const int64_t rows = sizes.groups * sizes.features;
   if (tensors.grad_x.data) prefer_huge_pages(tensors.grad_x.data, sizes.batch * rows * size_of(tensors.grad_x.type));
   if (tensors.grad_weight) prefer_huge_pages(tensors.grad_weight, rows * sizes.slots * size_of(tensors.weight_type));
+  if (sizes.slots == 1) return group_linear_one_slot_backward(sizes, tensors);
   if (sizes.computing == DType::kFloat64) return for_groups<Backward<double>>(sizes, tensors);
   for_groups<Backward<float>>(sizes, tensors);
 }

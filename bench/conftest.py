@@ -13,6 +13,7 @@ import torch
 
 from bench import growth, machine, race, rows
 from bench.compare import compare, confirmed
+from bench.memory import keep_memory
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,6 +36,7 @@ def pytest_configure(config):
         raise pytest.UsageError("--save-results wants a whole run: leave out --quick and -k, or write to --json FILE")
     if (old := config.getoption("--compare")) and not old.is_file():
         raise pytest.UsageError(f"--compare {old}: there is no such file")
+    config.mlfast_memory = keep_memory()
     config.mlfast_rows = []
     config.mlfast_nodes = {}  # which benchmark made a row
     config.mlfast_limits = {}
@@ -81,6 +83,7 @@ def record(request, benchmark, bandwidth, matrix_rate):
 
 def results(config):
     about = machine.description(torch.device(config.getoption("--device"))) | config.mlfast_limits
+    about["freed_memory"] = config.mlfast_memory
     return {"machine": about, "rows": config.mlfast_rows}
 
 

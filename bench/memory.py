@@ -1,16 +1,35 @@
-"""The peak memory of one call: what PyTorch's allocator held at the most, above what it held before the call.
+"""Memory of the contestants: what freed memory costs, and the peak of one call.
 
-The same definition on both kinds of device. Memory that a library takes for itself, such as the packed matrices of a
+The peak is what PyTorch's allocator held at the most, above what it held before the call. The same definition on both
+kinds of device. Memory that a library takes for itself, such as the packed matrices of a
 matrix product on a CPU, is not in it; mlfast's kernels allocate none.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
 import torch
+
+
+# Parameters of glibc's mallopt: above how many free bytes the heap shrinks (-1: never), and how many blocks may lie
+# outside of it, which go back to the system when they are freed.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_memory() -> str:
+    """Has the C library keep what is freed, as other allocators do; says in words what became of it.
+
+    By default glibc gives large blocks back to the system, so that each large tensor costs page faults again, and on
+    virtual machines whose host takes free memory back, a hundred times as much. Luck then decides who pays.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not (mallopt(_M_TRIM_THRESHOLD, -1) and mallopt(_M_MMAP_MAX, 0)):
+        return "left to the system's allocator"
+    return "kept by the process"
 
 
 def peak_bytes(run: Callable[..., Any], arguments: tuple[Any, ...]) -> int:

@@ -1,5 +1,7 @@
 """What a race leaves beside its medians: rounds, spread, hot loops, and peak memory."""
 
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -96,3 +98,26 @@ def test_replay_on_a_gpu():
     assert 0 < kernel_seconds(step, [(x,), (x.detach().clone().requires_grad_(),)]) < 1e-2
     assert kernel_seconds(lambda x: x.sum().item(), [(x,)]) is None
     assert (x + 1).sum().item() == 2 * MIB  # the failed capture leaves a sane device
+
+
+FAULTS_OF_LARGE_TENSORS = """
+import resource, sys, torch
+from bench.memory import keep_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "keep" and keep_memory() != "kept by the process":
+    sys.exit(77)
+for _ in range(20):  # it takes a few until a hole fits
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(48 * 2**18)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_kept_memory_has_no_page_faults():
+    def faults(how):
+        run = subprocess.run([sys.executable, "-c", FAULTS_OF_LARGE_TENSORS, how], capture_output=True, text=True)
+        if run.returncode == 77:
+            pytest.skip("not glibc: the allocator cannot be told")
+        return int(run.stdout)
+
+    assert faults("keep") < 100 < faults("give back")

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-
 # Parameters of glibc's mallopt: above how many free bytes the heap shrinks (-1: never), and how many blocks may lie
 # outside of it, which go back to the system when they are freed.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4

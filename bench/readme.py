@@ -1,8 +1,9 @@
-"""Writes the tables of measured speeds into README.md: ``python -m bench.readme``. A test fails when they differ."""
+"""Writes the measured speeds into README.md: ``python -m bench.readme``. A test fails when they differ."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench import rows
@@ -39,17 +40,27 @@ COLUMNS = (
 
 
 def table(training: list[Row]) -> list[str]:
-    """A line for each training step; below small ones, the same in a loop of its own."""
+    """A line for each training step that is shown; below small ones, the same in a loop of its own."""
     columns = [column for column in COLUMNS if any(column[0] in row for row in training)]
     titles = ["forward + backward, float32", "mlfast", "against eager", "against torch.compile"]
     titles += [title for _, title, _ in columns]
     lines = []
-    for row in training:
-        name = f"{row['op']}, {row['case'].removesuffix(' training')}"
+    for row in shown(training):
+        name = f"{row['op']}, {row['case'].removesuffix(' training').rstrip(',')}"
         lines.append([name, *times(row["median_us"]), *(text(row) if key in row else "-" for key, _, text in columns)])
         if "hot_us" in row:
             lines.append([f"{name}, in a loop of its own", *times(row["hot_us"]), *[""] * len(columns)])
     return [as_row(titles), "|" + "---|" * len(titles), *map(as_row, lines)]
+
+
+def shown(training: list[Row]) -> Iterator[Row]:
+    """Of each op two sizes, whichever way they came out: COCO's (else the first one), and the one with most bytes."""
+    for of_op in rows.by_op(training).values():
+        usual = next((row for row in of_op if row["case"].startswith("COCO ")), of_op[0])
+        largest = max(of_op, key=lambda row: row.get("bytes", 0))
+        yield usual
+        if largest is not usual:
+            yield largest
 
 
 def as_row(cells: list[str]) -> str:
@@ -57,15 +68,15 @@ def as_row(cells: list[str]) -> str:
 
 
 def section(path: Path) -> list[str]:
-    """One machine's tables: a training step of every op at every size, and in words where mlfast loses."""
+    """One machine's table: a training step of every op at two sizes, and in words every row where mlfast loses."""
     results = json.loads(path.read_text())
     about, all_rows = results["machine"], results["rows"]
     raced = [row for row in all_rows if rows.is_race(row)]
     rate = f", matrix rate {about['matrix_rate_GFLOPs']} GFLOP/s" if "matrix_rate_GFLOPs" in about else ""
     lines = [
         f"**{about['processor']}**, torch {about['torch']}, commit {about['commit']}, {about['date']}, "
-        f"copy bandwidth {about['copy_bandwidth_GBps']} GB/s{rate}. All rows, forward alone among them: "
-        f"[{path.name}]({path.relative_to(ROOT)}).",
+        f"copy bandwidth {about['copy_bandwidth_GBps']} GB/s{rate}. Two sizes of each op; every row: "
+        f"{link(path)}.",
         "",
         *table([row for row in raced if rows.is_training(row)]),
     ]
@@ -84,9 +95,18 @@ def loss(row: Row) -> str:
 
 
 def tables() -> str:
-    """The tables of every machine in bench/results/."""
-    paths = sorted((ROOT / "bench" / "results").glob("*.json"))
-    return "\n".join([BEGIN, "", *(line for path in paths for line in [*section(path), ""]), END])
+    """The table of the machine that was measured last, and where the others stand."""
+    dated = {path: json.loads(path.read_text())["machine"] for path in (ROOT / "bench" / "results").glob("*.json")}
+    latest, *others = sorted(dated, key=lambda path: (dated[path]["date"], path.name), reverse=True)
+    lines = [BEGIN, "", *section(latest), ""]
+    for path in others:
+        about = dated[path]
+        lines += [f"Also measured: {about['processor']}, commit {about['commit']}, {about['date']}: {link(path)}.", ""]
+    return "\n".join([*lines, END])
+
+
+def link(path: Path) -> str:
+    return f"[{path.name}]({path.relative_to(ROOT)})"
 
 
 def with_tables(readme: str) -> str:

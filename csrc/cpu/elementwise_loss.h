@@ -19,8 +19,8 @@ namespace mlfast::cpu {
 // How the labels of a tile can be read: all 0, 1 or unknown (< 0); any value in [0, 1]; or all 0.
 enum class Labels { kHard, kSoft, kNegative };
 
-// Tiles of scores, targets, losses, gradients and weights, and those that follow, together fill a quarter of a 32 KiB L1
-// cache; requests for twice as many lines at once would wait for each other.
+// Tiles of scores, targets, losses, gradients and weights, and those that follow, together fill a quarter of a 32 KiB
+// L1 cache; requests for twice as many lines at once would wait for each other.
 constexpr int64_t kTile = 256;
 
 template <typename T, typename From>

@@ -209,8 +209,7 @@ struct Backward {
   void finish_weight(int64_t l) const {
     T* grad = grad_weights.data() + (l - first) * n;
     if (sizes.cosine) {
-      const T shrink =
-          shrink_weights.data()[l - first] * square_unless_clamped(static_cast<const T*>(t.inv_weight)[l]);
+      const T shrink = shrink_weights.data()[l - first] * square_unless_clamped(static_cast<const T*>(t.inv_weight)[l]);
       const T* row = weights.row(l);
       for (int64_t d = 0; d < n; ++d) grad[d] -= shrink * row[d];
     }

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mlfast.data.annotations import Shards
 from mlfast.data.dataset import BrokenImagesError
-from mlfast.training.batches import Batch, Rows
+from mlfast.training.batches import Batch, Rows, ShardRows
 from mlfast.training.errors import TrainingError
 
 Item = tuple[Tensor, Tensor]
@@ -22,16 +23,19 @@ Item = tuple[Tensor, Tensor]
 class LoaderBatches:
     """Batches of a data set that gives one image at a time, such as `mlfast.data.ImageDataset`.
 
-    The order of an epoch depends on (seed, epoch) and what a transform draws from torch's CPU generator on (seed,
-    epoch, row), whatever the number of workers: a run that continues in the middle of an epoch sees exactly what it
-    would have seen. The caller's random state is left alone. Workers read ahead two batches each. Those of a shuffled
-    data set live as long as this object; those of an evaluation, which is rare, are started for it.
+    The order of an epoch depends on (seed, epoch), and of shards on the number of lanes too; what a transform draws
+    from torch's CPU generator depends on (seed, epoch, row). The number of workers changes neither, so a run that
+    continues in the middle of an epoch sees exactly what it would have seen. The caller's random state is left alone.
+    Workers read ahead two batches each. Those of a shuffled data set live as long as this object; those of an
+    evaluation, which is rare, are started for it.
 
     Args:
         images: gives uint8 ``[3, H, W]``, all of one size, and int8 ``[K]``.
         batch_size, seed, rank, world_size: as in `mlfast.training.batches.Rows`.
         names: of the images, by row; ``annotations.paths``.
         mostly_unknown: as in `mlfast.training.batches.Batches`.
+        shards: where the images are, if they are read in the order of shards: see `mlfast.training.batches.ShardRows`.
+        lanes: as there.
         workers: processes that read; 0 reads in this one.
         start_method: of the workers: "fork", "spawn" or "forkserver"; None takes Python's default.
 
@@ -48,13 +52,19 @@ class LoaderBatches:
         device: torch.device,
         seed: int | None = None,
         mostly_unknown: bool = False,
+        shards: Shards | None = None,
+        lanes: int = 1,
         workers: int = 0,
         start_method: str | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.num_images, self.names, self.device, self.mostly_unknown = len(names), names, device, mostly_unknown
-        self._order = _EpochOrder(Rows(len(names), batch_size, seed, rank, world_size))
+        self._order = _EpochOrder(
+            ShardRows(shards, batch_size, seed, rank, world_size, lanes)
+            if shards
+            else Rows(len(names), batch_size, seed, rank, world_size)
+        )
         self._loader: DataLoader[tuple[Tensor, Tensor, Tensor]] = DataLoader(
             _SeededItems(images, seed or 0),
             batch_sampler=self._order,
@@ -108,7 +118,7 @@ class WaitingTime:
 class _EpochOrder:
     """The batches of the epoch that is set, as lists of (epoch, row): workers need nothing else to know what to do."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows | ShardRows) -> None:
         self.rows, self.number, self.start = rows, 0, 0
 
     def __len__(self) -> int:

@@ -59,12 +59,12 @@ def read(
     files = _files(sources, split)
     if not files:
         raise AnnotationError(f"{sources.root}: no {split}-*.parquet or {split}.parquet there or in data/.")
-    names = _class_names(parquet.read_schema(sources.path(files[0])), label_column)
+    names = _class_names(parquet.read_schema(sources.shard(files[0])), label_column)
     collector = Collector(names if classes is None else classes, unknown_labels)
     shard: list[int] = []
     position: list[tuple[int, int]] = []
     for number, file in enumerate(files):
-        content = parquet.ParquetFile(sources.path(file))
+        content = parquet.ParquetFile(sources.shard(file))
         place = f"{sources.root / file}"
         _check_columns(content.schema_arrow, place, image_column, label_column)
         for group in range(content.num_row_groups):

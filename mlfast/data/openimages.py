@@ -52,10 +52,10 @@ def read(
     file = _label_file(sources, split, class_set)
     ids, labels, values, outside = _rows(sources, file, mids)
     notes = [f"{outside} rows are about other classes and were left out"] if outside else []
-    if expand:
-        parents = _parents(sources.json(sources.first_of(*_places(_HIERARCHY))), mids)
-        ids, labels, values = _expanded(ids, labels, values, parents)
     images, image = np.unique(ids, return_inverse=True)
+    if expand:
+        above = _parents(sources.json(sources.first_of(*_places(_HIERARCHY))), mids)
+        image, labels, values = _expanded(image, labels, values, above)
     positive = LabelLists.from_pairs(image[values], labels[values], len(images), len(classes))
     negative = LabelLists.from_pairs(image[~values], labels[~values], len(images), len(classes))
     negative, contradictory = _without(negative, positive, len(classes))
@@ -253,21 +253,19 @@ def _parents(tree: Any, mids: list[str]) -> np.ndarray:
 
 
 def _expanded(
-    ids: np.ndarray, labels: np.ndarray, values: np.ndarray, above: np.ndarray
+    image: np.ndarray, labels: np.ndarray, values: np.ndarray, above: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The rows with those added that follow from the hierarchy."""
-    all_ids, all_labels, all_values = [ids], [labels], [values]
+    images, all_labels, all_values = [image], [labels], [values]
     for value, implies in ((True, above), (False, above.T)):
-        has_some = np.asarray(implies.any(1))
-        rows = np.flatnonzero((values == value) & has_some[labels])
-        rows = rows[np.argsort(labels[rows], kind="stable")]
-        starts = np.searchsorted(labels[rows], np.arange(len(above) + 1))
-        for label, start, end in zip(range(len(above)), starts, starts[1:], strict=False):
-            implied = np.flatnonzero(implies[label]).astype(np.int32)
-            all_ids.append(np.repeat(ids[rows[start:end]], len(implied)))
-            all_labels.append(np.tile(implied, end - start))
-            all_values.append(np.full((end - start) * len(implied), value))
-    return np.concatenate(all_ids), np.concatenate(all_labels), np.concatenate(all_values)
+        of, what = np.nonzero(implies)
+        implied = LabelLists.from_pairs(of, what, len(above), len(above))
+        rows = np.flatnonzero(values == value)
+        added = implied.select(labels[rows])
+        images.append(np.repeat(image[rows], np.diff(added.indptr)))
+        all_labels.append(added.indices)
+        all_values.append(np.full(len(added.indices), value))
+    return np.concatenate(images), np.concatenate(all_labels), np.concatenate(all_values)
 
 
 def _without(lists: LabelLists, stronger: LabelLists, num_classes: int) -> tuple[LabelLists, int]:

@@ -21,7 +21,7 @@ class ShardImages(Dataset):
         patience: as of `BlockReader`.
     """
 
-    def __init__(self, images: ImageDataset, patience: int) -> None:
+    def __init__(self, images: ImageDataset, patience: int = 2 * WINDOW) -> None:
         self.images = images
         self.reader = BlockReader(images.annotations, patience)
 

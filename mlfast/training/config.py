@@ -79,7 +79,7 @@ class TrainConfig:
         None, "Data", "processes that read images; by default one a core, at most 4", _at_least(0)
     )
     max_broken: int | None = _option(
-        None, "Data", "images of a split that may be missing or broken; by default 10 and 0.1 %", _at_least(0)
+        None, "Data", "images of a split that may be missing or broken; by default 10 and a thousandth", _at_least(0)
     )
 
     backbone: str = _option("test_resnet", "Model", "timm model with a spatial feature map")

@@ -288,6 +288,21 @@ def test_broken_images_are_left_out_and_too_many_stop_the_run_by_name(tmp_path, 
     assert isinstance(caught.value.__cause__, BrokenImagesError) and "Traceback" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_how_many_images_may_be_broken_is_a_setting(on_files, tmp_path):
+    root = write_csv(tmp_path / "csv", train=16, val=1)
+    (root / "images/003.jpg").write_bytes(b"")
+    for max_broken in (1, 0):
+        data = create_data(on_files(data_root=str(root), batch_size=4, max_broken=max_broken), CPU)
+        if max_broken:
+            assert len(list(data.train.epoch(0))) == 4
+            continue
+        with pytest.raises(TrainingError, match=r"more than max_broken=0: images/003\.jpg"):
+            list(data.train.epoch(0))
+    with pytest.raises(ConfigError, match="max_broken: got 3, expected nothing: the digits are built in"):
+        TrainConfig(max_broken=3)
+
+
 def test_waiting_is_measured(monkeypatch):
     clock = iter([1.0, 3.0, 10.0, 10.5, 20.0, 20.25])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))

@@ -126,7 +126,12 @@ def _read_at(file: Any, offset: int, length: int) -> bytes:
 @functools.lru_cache(maxsize=2)
 def _row_group(path: Path, changed: Stamp, group: int, column: str) -> Any:
     """The images of a row group; kept for the next image, as a row cannot be read without the rest of its group."""
-    return _parquet_file(path, changed).read_row_group(group, [f"{column}.bytes"], use_threads=False)[column]
+    import pyarrow
+
+    try:
+        return _parquet_file(path, changed).read_row_group(group, [f"{column}.bytes"], use_threads=False)[column]
+    except pyarrow.ArrowException as error:  # damaged pages are no OSError to pyarrow
+        raise OSError(f"row group {group} of {path} cannot be read: {error}") from error
 
 
 @functools.lru_cache(maxsize=16)

@@ -102,3 +102,24 @@ def test_a_row_without_an_image_is_broken(make):
     pyarrow.parquet.write_table(table.set_column(0, table.schema.field("image"), [empty]), path)
     images = ImageDataset(load_annotations("parquet", root, "train"), size=4)
     assert [images[n][1].tolist() for n in (0, 1)] == [[-1] * 3] * 2 and len(images.broken()) == 2
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_damaged_row_group_is_broken_images_and_a_damaged_file_an_error(make):
+    root = make([[0], [1], [2], [0]])
+    path = root / "data/train-00000-of-00001.parquet"
+    annotations = load_annotations("parquet", root, "train")
+    whole = path.read_bytes()
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    path.write_bytes(
+        whole[:start] + bytes(column.total_compressed_size) + whole[start + column.total_compressed_size :]
+    )
+    images = ImageDataset(annotations, size=4)
+    for items in ([images[n] for n in range(4)], ShardStream(images)):
+        assert sorted(target.tolist() for _, target in items) == [[-1] * 3, [-1] * 3, [0, 0, 1], [1, 0, 0]]
+    assert len(images.broken()) == 2
+    for content in (b"", b"PAR1", whole[:-20]):
+        path.write_bytes(content)
+        with pytest.raises(AnnotationError, match=r"00001.parquet: not a whole parquet file"):
+            load_annotations("parquet", root, "train")

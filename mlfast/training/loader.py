@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -75,6 +77,8 @@ class LoaderBatches:
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # or the loader would draw from the run's own
         )
+        if self._loader.persistent_workers:
+            atexit.register(_end_workers, weakref.ref(self._loader))
 
     def __len__(self) -> int:
         return len(self._order)
@@ -142,6 +146,16 @@ class _SeededItems(Dataset[Any]):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(state[0]))  # torch.manual_seed would reach the GPUs' too
             return *self.images[row], row
+
+
+def _end_workers(loader: weakref.ref[DataLoader[Any]]) -> None:
+    """Ask the workers of a loader that is still there on exit to end.
+
+    Python itself would send each a single SIGTERM, which they leave to the parent, and then wait for them for ever.
+    """
+    iterator: Any = getattr(loader(), "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:

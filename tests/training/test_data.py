@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import typing
 import warnings
 from pathlib import Path
@@ -267,6 +269,16 @@ def test_signals_to_the_workers_do_not_end_them():
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(worker.pid, number)
     assert len(list(batches)) == 5
+
+
+def test_workers_that_are_still_there_do_not_keep_a_process_from_ending():
+    code = "from tests.training.test_data import gradients\nbatches = gradients(batch_size=4, seed=0, workers=1)\n"
+    code += "epoch = batches.epoch(0); next(epoch); print('done', flush=True)"
+    path = {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | path, capture_output=True, text=True, timeout=90
+    )
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -64,19 +64,15 @@ def _read_targets(path: str) -> tuple[LabelCounts, list[str]]:
 
 
 def _read_data(options: argparse.Namespace) -> tuple[LabelCounts, list[str]]:
+    import numpy as np
     import torch
 
     from mlfast.data import load_annotations
-    from mlfast.models import count_labels
-    from mlfast.sparse_targets import SparseTargets
+    from mlfast.models import LabelCounts
 
     annotations = load_annotations(options.kind, options.root, options.split)
-    names = [str(name) for name in annotations.classes]
-    if annotations.rest == "negative" and annotations.unknown is None:
-        positive = annotations.positive
-        indptr, indices = torch.from_numpy(positive.indptr), torch.from_numpy(positive.indices)
-        return count_labels(SparseTargets(indptr, indices, len(names))), names
-    return count_labels(torch.from_numpy(annotations.targets(range(len(annotations))))), names
+    counts = [torch.from_numpy(np.ascontiguousarray(part)) for part in annotations.cooccurrence()]
+    return LabelCounts(*counts), list(annotations.classes)
 
 
 # --------------------------------------------------------------------------------------------------------- drawing

@@ -1,8 +1,9 @@
 """What is kept on disk so that it need not be made again: arrays in npz files, without pickle.
 
 A file is written beside its place and renamed, so no reader and no crash ever sees half of it, and one that cannot be
-read is made again. Annotations are kept with the stamps (size and time of change) of all files that they were read
-from, and are read again as soon as one of these differs.
+read is made again. Annotations are kept with the digests of all files that they were read from, and of shards of
+images, which are too large to be read each time, with size and times of change; they are read again as soon as one of
+these differs.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from typing import Any
 import numpy as np
 
 from mlfast.data.annotations import Annotations, LabelLists, PathList, Shards
-from mlfast.data.sources import Sources, Stamp, stamp
+from mlfast.data.sources import Sources
 
 # Part of the key: raise it whenever a reader or the layout of the file changes.
-ANNOTATIONS_VERSION = 1
+ANNOTATIONS_VERSION = 2
 
 _LABELS = ("positive", "negative", "unknown")
-# A file that changes again within the clock's grain keeps its stamp, so what is this young is not kept.
+# A shard that changes again within the clock's grain keeps its stamp, so what is this young is not kept.
 _MIN_AGE_NS = 2_000_000_000
 
 
@@ -86,9 +87,8 @@ def read_annotations(path: Path, sources: Sources) -> Annotations | None:
 
 
 def write_annotations(path: Path, annotations: Annotations, sources: Sources) -> None:
-    """Keep the annotations, unless a file that they come from was changed just now."""
-    newest = max((mtime for _, mtime in sources.seen.values()), default=0)
-    if time.time_ns() - newest < _MIN_AGE_NS:
+    """Keep the annotations, unless a shard that they come from was changed just now."""
+    if time.time_ns() - sources.newest_stamp() < _MIN_AGE_NS:
         return
     meta = {name: getattr(annotations, name) for name in ("kind", "split", "classes", "rest", "notes")}
     arrays = {"blob": annotations.paths.blob, "offsets": annotations.paths.offsets}
@@ -106,7 +106,7 @@ def write_annotations(path: Path, annotations: Annotations, sources: Sources) ->
 
 def _unpacked(arrays: dict[str, np.ndarray], sources: Sources) -> Annotations | None:
     meta = json.loads(arrays["meta"].tobytes())
-    if any(_differs(sources, name, tuple(seen)) for name, seen in meta["seen"].items()):
+    if not sources.unchanged(meta["seen"]):
         return None
     classes = tuple(meta["classes"])
     paths = PathList(arrays["blob"], _checked_offsets(arrays["offsets"], len(arrays["blob"])))
@@ -135,10 +135,6 @@ def _unpacked(arrays: dict[str, np.ndarray], sources: Sources) -> Annotations | 
         shards=shards,
         **labels,  # type: ignore[arg-type]
     )
-
-
-def _differs(sources: Sources, name: str, seen: Stamp | tuple[Any, ...]) -> bool:
-    return stamp(sources.root / name) != seen
 
 
 def _checked_offsets(offsets: np.ndarray, total: int) -> np.ndarray:

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
-import typing
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from mlfast.data.annotations import AnnotationError, Annotations
+from mlfast.data.arguments import parse
 from mlfast.data.dataset import BrokenImagesError, ImageDataset
-from mlfast.data.loading import KINDS, load_annotations, options_of, reader
+from mlfast.data.loading import KINDS, load_annotations, reader
 from mlfast.data.problems import names, problems_of, strays_of
+from mlfast.data.shards import shard_order
 from mlfast.data.sources import Sources
 from mlfast.data.statistics import Statistics
+from mlfast.data.stream import ShardImages
 
 _FINE, _PROBLEMS, _WRONG_USE = 0, 1, 2
 _CLASSES_SHOWN = 8
-_SPEED_IMAGES = 256
+_WARM_UP_IMAGES, _SPEED_IMAGES = 8, 256
 _COLUMNS = ("split", "images", "classes", "labels/image", "unlabelled", "unknown", "neg./pos.", "mean imbalance")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `mlfast data`; returns the exit status: 0 fine, 1 problems in the data, 2 wrong use or unreadable labels."""
-    parser = _parser()
-    kind = parser.parse_known_args([argument for argument in argv if argument not in ("-h", "--help")] or argv)[0].kind
-    arguments = _with_reader_options(parser, kind).parse_args(argv)
+    """Run `mlfast data check`; returns the exit status: 0 fine, 1 problems, 2 wrong use or unreadable labels."""
+    arguments, options = parse(_parser(), argv)
     try:
-        return _check(arguments, _options(arguments, kind))
+        return _check(arguments, options)
     except (ValueError, ModuleNotFoundError, BrokenImagesError) as error:
         print(f"mlfast data: {error}", file=sys.stderr)
         return _WRONG_USE
@@ -40,13 +40,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="mlfast data",
+        prog="mlfast data check",
         allow_abbrev=False,
         usage="mlfast data check KIND ROOT [--split SPLIT ...] [--decode] [--speed] [--OPTION VALUE ...]",
         description="Read the labels of a data set, show its statistics and name what is wrong. docs/data.md says "
         "which files each kind needs.",
     )
-    parser.add_argument("verb", choices=["check"], metavar="check")
     parser.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("root", nargs="?", metavar="ROOT", help="folder of the data set; none for digits")
     parser.add_argument("--split", nargs="+", metavar="SPLIT", help="default all; train+test joins two")
@@ -56,51 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--all_classes", action="store_true", help="show the frequency of every class")
     parser.add_argument("--cache_dir", metavar="DIR", help="default $XDG_CACHE_HOME/mlfast or ~/.cache/mlfast")
     return parser
-
-
-def _with_reader_options(parser: argparse.ArgumentParser, kind: str) -> argparse.ArgumentParser:
-    if kind != "digits":
-        group = parser.add_argument_group(f"options of {kind}")
-        texts = _argument_texts(reader(kind).read.__doc__)
-        for name, option in options_of(reader(kind)).items():
-            text = texts[name].replace("%", "%%") + (f"  [{option.default}]" if option.default else "")
-            group.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="VALUE", help=text)
-    return parser
-
-
-def _argument_texts(docstring: str) -> dict[str, str]:
-    """What the Args section of a docstring says about every argument."""
-    texts: dict[str, str] = {}
-    name = ""
-    for line in docstring.partition("Args:\n")[2].splitlines():
-        if found := re.match(r" {8}(\w+): (.*)", line):
-            name, texts[found[1]] = found[1], found[2]
-        elif name and line.startswith(" " * 12):
-            texts[name] += " " + line.strip()
-    return texts
-
-
-def _options(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """The options of the format that were given, in the types of its reader."""
-    if kind == "digits":
-        return {}
-    types = typing.get_type_hints(reader(kind).read)
-    given = {name: getattr(arguments, name) for name in options_of(reader(kind)) if hasattr(arguments, name)}
-    return {name: _converted(name, text, types[name]) for name, text in given.items()}
-
-
-def _converted(name: str, text: str, kind: Any) -> Any:
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{name}: got {text!r}, expected true or false")
-        return text.lower() == "true"
-    if kind is int:
-        if not text.isdecimal():
-            raise ValueError(f"{name}: got {text!r}, expected a number")
-        return int(text)
-    if "Sequence" in str(kind):
-        return [part.strip() for part in text.split(",")]
-    return text
 
 
 def _check(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
@@ -175,14 +129,22 @@ def _print_classes(annotations: Annotations, s: Statistics, all_classes: bool) -
 
 
 def _speed(annotations: Annotations, size: int) -> str:
-    chosen = np.random.default_rng(0).permutation(len(annotations))[: _SPEED_IMAGES + 8]
-    images = ImageDataset(annotations, size, max_broken=len(annotations))
+    files = ImageDataset(annotations, size, max_broken=len(annotations))
+    random = np.random.default_rng(0)
+    images: Dataset = files
+    if annotations.shards is None:
+        order, how = random.permutation(len(annotations)), "in random order"
+    else:
+        images, order, how = ShardImages(files), shard_order(annotations.shards, random), "shard by shard"
+    warm_up, timed = order[:_WARM_UP_IMAGES].tolist(), order[_WARM_UP_IMAGES:][:_SPEED_IMAGES].tolist()
+    timed = timed or warm_up
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # broken images are told of elsewhere
-        for index in chosen[-8:]:
+        for index in warm_up:
             images[index]
         start = time.perf_counter()
-        for index in chosen[:_SPEED_IMAGES]:
+        for index in timed:
             images[index]
-    count, seconds = len(chosen[:_SPEED_IMAGES]), time.perf_counter() - start
-    return f"speed: {annotations.split}: {count / seconds:.0f} images/s on one core at {size} x {size} ({count} images)"
+        rate = len(timed) / (time.perf_counter() - start)
+    work = f"{len(timed)} images {how}: read, decoded, resized"
+    return f"speed: {annotations.split}: {rate:.0f} images/s on one core at {size} x {size} ({work})"

@@ -6,12 +6,15 @@ defaults here. The methods it compares with use 2014 (82,783 and 40,504 images),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from mlfast.data.annotations import AnnotationError, Annotations
 from mlfast.data.collector import Collector, OnUnknownLabel, Unlabelled
-from mlfast.data.sources import Sources, shown
+from mlfast.data.sources import Sources
+
+if TYPE_CHECKING:
+    from mlfast.data.coco_file import Instances
 
 _PAPER = "the paper's 'MS-COCO 2014' counts, 117266 and 4952, are those of 2017 without unlabelled images"
 
@@ -43,41 +46,47 @@ def read(
     if year not in (2014, 2017):
         raise ValueError(f"year: got {year!r}, expected 2014 or 2017.")
     file = f"annotations/instances_{split}{year}.json"
-    content = sources.json(file)
+    content = _decoded(sources, file)
     place = str(sources.root / file)
-    categories = dict(_pairs(content, "categories", ("id", "name"), place))
-    images = dict(_pairs(content, "images", ("id", "file_name"), place))
-    labels: dict[Any, set[str]] = {image: set() for image in images}
-    for number, (image, category) in enumerate(_pairs(content, "annotations", ("image_id", "category_id"), place)):
-        try:
-            labels[image].add(categories[category])
-        except KeyError:
-            name, known = ("image_id", image) if image not in labels else ("category_id", category)
+    categories = _by_id(((c.id, c.name) for c in content.categories), f"{place}: categories")
+    images = _by_id(((image.id, image.file_name) for image in content.images), f"{place}: images")
+    labels: dict[int, set[str]] = {image: set() for image in images}
+    for number, found in enumerate(content.annotations):
+        if found.image_id not in labels:
             raise AnnotationError(
-                f"{place}: annotations[{number}] has the {name} {known}, which is not listed."
-            ) from None
+                f"{place}: annotations[{number}] has the image_id {found.image_id}, which is not listed."
+            )
+        if found.category_id not in categories:
+            raise AnnotationError(
+                f"{place}: annotations[{number}] has the category_id {found.category_id}, which is not listed."
+            )
+        labels[found.image_id].add(categories[found.category_id])
     by_id = [categories[number] for number in sorted(categories)]
     collector = Collector(by_id if classes is None else classes, unknown_labels)
     collector.notes.append(f"COCO {year}, unlabelled images: {unlabelled}; {_PAPER}")
     for number, (image, name) in enumerate(images.items()):
-        where = f"{place}: images[{number}]"
-        if not isinstance(name, str):
-            raise AnnotationError(f"{where}: got the file_name {shown(name)}, expected text.")
-        collector.add(f"{split}{year}/{name}", sorted(labels[image]), where)
+        collector.add(f"{split}{year}/{name}", sorted(labels[image]), f"{place}: images[{number}]")
     return collector.build("coco", split, sources, unlabelled=unlabelled)
 
 
-def _pairs(content: Any, section: str, keys: tuple[str, str], place: str) -> list[tuple[Any, Any]]:
-    """The two fields of every entry of a section."""
-    first, second = keys
-    entries = content.get(section) if isinstance(content, dict) else None
-    if not isinstance(entries, list):
-        raise AnnotationError(f"{place}: there is no list {section!r}; give COCO's instances files.")
+def _decoded(sources: Sources, file: str) -> Instances:
     try:
-        return [(entry[first], entry[second]) for entry in entries]
-    except (KeyError, TypeError, IndexError):
-        number = next(n for n, e in enumerate(entries) if not (isinstance(e, dict) and first in e and second in e))
-        got = shown(entries[number])
-        raise AnnotationError(
-            f"{place}: {section}[{number}] is {got}, expected an object with {first!r} and {second!r}."
-        ) from None
+        import msgspec
+    except ModuleNotFoundError as error:
+        message = 'COCO\'s files are read with msgspec, which is not installed: pip install "mlfast[train]"'
+        raise ModuleNotFoundError(message, name="msgspec") from error
+    from mlfast.data.coco_file import Instances
+
+    try:
+        return msgspec.json.decode(sources.content(file), type=Instances)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise AnnotationError(f"{sources.root / file}: {error}; give COCO's instances files.") from None
+
+
+def _by_id(entries: Iterable[tuple[int, str]], section: str) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for number, (key, name) in enumerate(entries):
+        if key in found:
+            raise AnnotationError(f"{section}[{number}] has the id {key} once more.")
+        found[key] = name
+    return found

@@ -5,12 +5,9 @@ The same file (name and content) in the folders of several classes is one image 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mlfast.data.annotations import AnnotationError, Annotations
@@ -66,26 +63,34 @@ def _add_listed(collector: Collector, sources: Sources, metadata: str) -> None:
 
 
 def _add_found(collector: Collector, sources: Sources, split_folder: str) -> None:
-    twins: dict[tuple[str, int], list[tuple[str, str]]] = defaultdict(list)  # same name and size: perhaps one image
+    same_name: dict[str, list[tuple[str, str]]] = defaultdict(list)  # file name -> label and path: perhaps one image
     for label in sources.listing(split_folder):
-        top = sources.root / split_folder / label
-        if not top.is_dir():
-            continue
-        for folder, _, files in sorted(os.walk(top)):
-            sources.exists(os.path.relpath(folder, sources.root))
-            for file in sorted(files):
-                if file.lower().endswith(SUFFIXES) and not file.startswith("."):
-                    path = os.path.join(folder, file)
-                    twins[file, os.path.getsize(path)].append((label, path))
-    for found in twins.values():
-        same: dict[str, list[tuple[str, str]]] = defaultdict(list)
-        for label, path in found:
-            alone = len(found) == 1
-            same["" if alone else _digest(sources.path(os.path.relpath(path, sources.root)))].append((label, path))
-        for copies in same.values():
-            path = os.path.relpath(copies[0][1], sources.root)
-            collector.add(path, sorted({label for label, _ in copies}), str(copies[0][1]))
+        if (sources.root / split_folder / label).is_dir():
+            for path in _images_below(sources, f"{split_folder}/{label}"):
+                same_name[path.rpartition("/")[2]].append((label, path))
+    for found in same_name.values():
+        for copies in _equal(sources, found):
+            collector.add(copies[0][1], sorted({label for label, _ in copies}), str(sources.root / copies[0][1]))
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _images_below(sources: Sources, folder: str) -> Iterator[str]:
+    files, folders = sources.files_and_folders(folder)
+    for name in files:
+        if name.lower().endswith(SUFFIXES):
+            yield f"{folder}/{name}"
+    for name in folders:
+        yield from _images_below(sources, f"{folder}/{name}")
+
+
+def _equal(sources: Sources, found: list[tuple[str, str]]) -> Iterable[list[tuple[str, str]]]:
+    """Those with the same content together. Only where names are equal are sizes, and then contents, looked at."""
+    if len(found) == 1:
+        return [found]
+    by_size: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for label, path in found:
+        by_size[sources.size(path)].append((label, path))
+    by_content: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for size, group in by_size.items():
+        for label, path in group:
+            by_content[sources.digest(path) if len(group) > 1 else str(size)].append((label, path))
+    return by_content.values()

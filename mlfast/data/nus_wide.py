@@ -64,7 +64,7 @@ def read(
 def _flags(sources: Sources, file: str, count: int, image_list: str) -> np.ndarray:
     """The 0 or 1 of every line, bool [count]."""
     # A hundred thousand lines in 81 files: bytes at once, and line by line only to find what is wrong.
-    flags = np.frombuffer(sources.path(file).read_bytes().translate(None, b" \t\r\n"), np.uint8)
+    flags = np.frombuffer(sources.content(file).translate(None, b" \t\r\n"), np.uint8)
     if len(flags) == count and ((flags == ord("0")) | (flags == ord("1"))).all():
         return flags == ord("1")
     for where, line in sources.lines(file):

@@ -50,12 +50,12 @@ def read(
         raise ValueError(f'class_set: got {class_set!r}, expected "boxable" or "all".')
     mids, classes = _classes(sources, sources.first_of(*_places(*_DESCRIPTIONS[class_set])))
     file = _label_file(sources, split, class_set)
-    ids, labels, values, outside = _rows(sources.path(file), mids)
+    ids, labels, values, outside = _rows(sources, file, mids)
     notes = [f"{outside} rows are about other classes and were left out"] if outside else []
-    if expand:
-        parents = _parents(sources.json(sources.first_of(*_places(_HIERARCHY))), mids)
-        ids, labels, values = _expanded(ids, labels, values, parents)
     images, image = np.unique(ids, return_inverse=True)
+    if expand:
+        above = _parents(sources.json(sources.first_of(*_places(_HIERARCHY))), mids)
+        image, labels, values = _expanded(image, labels, values, above)
     positive = LabelLists.from_pairs(image[values], labels[values], len(images), len(classes))
     negative = LabelLists.from_pairs(image[~values], labels[~values], len(images), len(classes))
     negative, contradictory = _without(negative, positive, len(classes))
@@ -100,11 +100,12 @@ def _classes(sources: Sources, file: str) -> tuple[list[str], list[str]]:
     return mids, [f"{name} ({mid})" if name in repeated else name for mid, name in zip(mids, names, strict=True)]
 
 
-def _rows(path: Path, mids: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def _rows(sources: Sources, file: str, mids: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """ImageIDs uint64, class numbers int32 and values bool of the rows about these classes, and how many are not."""
     table = _LabelTable(mids)
+    path = sources.root / file
     ids, labels, values, outside = [], [], [], 0
-    for start_line, chunk in _chunks(path):
+    for start_line, chunk in _chunks(sources, file):
         chunk_ids, label_words, chunk_values = _parse(path, chunk, start_line)
         number = table.numbers(label_words)
         known = number >= 0
@@ -139,25 +140,30 @@ class _LabelTable:
         return mixed ^ mixed >> np.uint64(29)
 
 
-def _chunks(path: Path) -> Iterator[tuple[int, np.ndarray]]:
+def _chunks(sources: Sources, file: str) -> Iterator[tuple[int, np.ndarray]]:
     """(number of its first line, bytes) of pieces that end with a line, without the header and carriage returns."""
-    with open(path, "rb") as file:
-        header = file.readline().strip()
-        if header.split(b",")[:4] != [b"ImageID", b"Source", b"LabelName", b"Confidence"]:
-            raise AnnotationError(
-                f"{path}, line 1: got {shown(header.decode(errors='replace'))}, expected "
-                "ImageID,Source,LabelName,Confidence."
-            )
-        line, rest = 2, b""
-        while block := file.read(_CHUNK_BYTES):
-            block = rest + block
-            end = block.rfind(b"\n") + 1
-            block, rest = block[:end], block[end:]
-            if block:
-                yield line, np.frombuffer(block.replace(b"\r", b""), np.uint8)
-                line += block.count(b"\n")
-        if rest.strip():
-            yield line, np.frombuffer(rest.replace(b"\r", b"") + b"\n", np.uint8)
+    line, rest = 1, b""
+    for block in sources.blocks(file, _CHUNK_BYTES):
+        block = rest + block
+        end = block.rfind(b"\n") + 1
+        block, rest = block[:end], block[end:]
+        if block and line == 1:
+            header, _, block = block.partition(b"\n")
+            _check_header(header, sources.root / file)
+            line = 2
+        if block:
+            yield line, np.frombuffer(block.replace(b"\r", b""), np.uint8)
+            line += block.count(b"\n")
+    if line == 1:
+        _check_header(rest, sources.root / file)
+    elif rest.strip():
+        yield line, np.frombuffer(rest.replace(b"\r", b"") + b"\n", np.uint8)
+
+
+def _check_header(header: bytes, path: Path) -> None:
+    if header.strip().split(b",")[:4] != [b"ImageID", b"Source", b"LabelName", b"Confidence"]:
+        got = shown(header.strip().decode(errors="replace"))
+        raise AnnotationError(f"{path}, line 1: got {got}, expected ImageID,Source,LabelName,Confidence.")
 
 
 def _parse(path: Path, data: np.ndarray, start_line: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -226,7 +232,11 @@ def _image_paths(split: str, ids: np.ndarray) -> PathList:
 
 
 def _parents(tree: Any, mids: list[str]) -> np.ndarray:
-    """Whether class j is above class i, at any distance, bool [K, K]."""
+    """Whether class j is above class i, at any distance, bool [K, K].
+
+    Kinds alone ("Subcategory"), as in Google's own oid_hierarchical_labels_expansion.py: the tree lists parts too, but
+    an image of a wheel need not show a car.
+    """
     number = {mid: n for n, mid in enumerate(mids)}
     above = np.zeros((len(mids), len(mids)), bool)
 
@@ -235,7 +245,7 @@ def _parents(tree: Any, mids: list[str]) -> np.ndarray:
         if own is not None:
             above[own, ancestors] = True
             ancestors = [*ancestors, own]
-        for child in [*node.get("Subcategory", []), *node.get("Part", [])]:
+        for child in node.get("Subcategory", []):
             walk(child, ancestors)
 
     walk(tree, [])
@@ -243,18 +253,19 @@ def _parents(tree: Any, mids: list[str]) -> np.ndarray:
 
 
 def _expanded(
-    ids: np.ndarray, labels: np.ndarray, values: np.ndarray, above: np.ndarray
+    image: np.ndarray, labels: np.ndarray, values: np.ndarray, above: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The rows with those added that follow from the hierarchy."""
-    all_ids, all_labels, all_values = [ids], [labels], [values]
-    for label in range(len(above)):
-        for value, implied in ((True, np.flatnonzero(above[label])), (False, np.flatnonzero(above[:, label]))):
-            found = ids[(labels == label) & (values == value)] if len(implied) else ids[:0]
-            if len(found):
-                all_ids.append(np.repeat(found, len(implied)))
-                all_labels.append(np.tile(implied.astype(np.int32), len(found)))
-                all_values.append(np.full(len(found) * len(implied), value))
-    return np.concatenate(all_ids), np.concatenate(all_labels), np.concatenate(all_values)
+    images, all_labels, all_values = [image], [labels], [values]
+    for value, implies in ((True, above), (False, above.T)):
+        of, what = np.nonzero(implies)
+        implied = LabelLists.from_pairs(of, what, len(above), len(above))
+        rows = np.flatnonzero(values == value)
+        added = implied.select(labels[rows])
+        images.append(np.repeat(image[rows], np.diff(added.indptr)))
+        all_labels.append(added.indices)
+        all_values.append(np.full(len(added.indices), value))
+    return np.concatenate(images), np.concatenate(all_labels), np.concatenate(all_values)
 
 
 def _without(lists: LabelLists, stronger: LabelLists, num_classes: int) -> tuple[LabelLists, int]:

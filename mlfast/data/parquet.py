@@ -55,20 +55,20 @@ def read(
         classes: names in order; default those of the schema, or what is found, sorted.
         unknown_labels: "error", or "ignore" and count labels that are not classes.
     """
-    parquet = import_parquet()
+    import_parquet()
     files = _files(sources, split)
     if not files:
         raise AnnotationError(f"{sources.root}: no {split}-*.parquet or {split}.parquet there or in data/.")
-    names = _class_names(parquet.read_schema(sources.path(files[0])), label_column)
+    names = _class_names(_opened(sources, files[0]).schema_arrow, label_column)
     collector = Collector(names if classes is None else classes, unknown_labels)
     shard: list[int] = []
     position: list[tuple[int, int]] = []
     for number, file in enumerate(files):
-        content = parquet.ParquetFile(sources.path(file))
+        content = _opened(sources, file)
         place = f"{sources.root / file}"
         _check_columns(content.schema_arrow, place, image_column, label_column)
         for group in range(content.num_row_groups):
-            for row, labels in enumerate(content.read_row_group(group, [label_column])[label_column].to_pylist()):
+            for row, labels in enumerate(_column(content, group, label_column, place)):
                 where = f"{place}, row group {group}, row {row}"
                 # The images have no names that could be relied on: their place is their name.
                 collector.add(f"{file}/{group}/{row}", _named(labels, names, where), where)
@@ -77,6 +77,25 @@ def read(
     spots = np.array(position, np.int64).reshape(-1, 2)
     places = Shards("parquet", tuple(files), np.array(shard, np.int32), spots, image_column)
     return collector.build("parquet", split, sources, shards=places)
+
+
+def _opened(sources: Sources, file: str) -> Any:
+    import pyarrow
+
+    path = sources.shard(file)
+    try:
+        return import_parquet().ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise AnnotationError(f"{path}: not a whole parquet file ({error}).") from None
+
+
+def _column(content: Any, group: int, column: str, place: str) -> list[Any]:
+    import pyarrow
+
+    try:
+        return content.read_row_group(group, [column])[column].to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise AnnotationError(f"{place}, row group {group}: the column {column!r} is damaged ({error}).") from None
 
 
 def _files(sources: Sources, split: str) -> list[str]:

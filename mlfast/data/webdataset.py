@@ -91,7 +91,7 @@ def _samples(sources: Sources, shard: str) -> Iterator[tuple[str, str, tuple[int
 
 def _members(sources: Sources, shard: str) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes]]:
     """The files of a shard, with the content of those that end in .json."""
-    place = sources.path(shard)
+    place = sources.shard(shard)
     try:
         with tarfile.open(place, "r:") as archive:
             for member in archive:

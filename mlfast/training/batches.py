@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from mlfast.data.annotations import Shards
+from mlfast.data.shards import shard_order, shuffled_in_windows
 
 
 class Batch(NamedTuple):
@@ -84,6 +88,73 @@ class Rows:
         order = torch.randperm(self.num_images, generator=generator).to(device)
         for batch in range(start, len(self)):
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size][self.rank :: self.world_size]
+
+
+class ShardRows:
+    """As `Rows`, of images in shards: in an order that reads each shard from front to back.
+
+    The images of an epoch, shard by shard and the shards in random order, are dealt out to the processes in equal
+    parts, and the part of a process to its lanes: `lanes` batches one after the other come from as many lanes, so that
+    each of as many workers reads shards of its own. Within a lane images are shuffled in windows. All this depends on
+    the seed, the epoch's number and the numbers of processes and lanes, and on nothing that was read: a run can
+    continue in the middle of an epoch here too.
+
+    Args:
+        shards: where the images are.
+        batch_size, seed, rank, world_size: as of `Rows`. Without a seed each process has a part of the shards.
+        lanes: into how many sequences the images of a process are divided.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        batch_size: int,
+        seed: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        lanes: int = 1,
+    ) -> None:
+        self.shards, self.batch_size, self.seed, self.lanes = shards, batch_size, seed, lanes
+        self.rank, self.world_size = rank, world_size
+        self.num_images = len(shards.shard)
+
+    def __len__(self) -> int:
+        return len(self._sizes())
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Tensor]:
+        """The rows of each batch of an epoch from batch ``start`` on, int64 ``[B]``."""
+        sizes = self._sizes()
+        by_lane = np.concatenate([np.arange(lane, len(sizes), self.lanes) for lane in range(self.lanes)])
+        ends = np.empty(len(sizes), np.int64)
+        ends[by_lane] = np.cumsum(sizes[by_lane])
+        rows = self._own(number)
+        for batch in range(start, len(sizes)):
+            yield torch.from_numpy(rows[ends[batch] - sizes[batch] : ends[batch]])
+
+    def _sizes(self) -> np.ndarray:
+        """Images of each batch of this process, int64."""
+        if self.seed is not None:
+            return np.full(self.num_images // self.batch_size, self.batch_size // self.world_size)
+        first, last = self._share()
+        return np.diff(np.append(np.arange(first, last, self.batch_size), last))
+
+    def _share(self) -> tuple[int, int]:
+        """Where the images of this process begin and end in the order of the epoch."""
+        total = self.num_images
+        if self.seed is not None:
+            total -= total % self.batch_size
+        return total * self.rank // self.world_size, total * (self.rank + 1) // self.world_size
+
+    def _own(self, number: int) -> np.ndarray:
+        """The images of this process, lane after lane."""
+        first, last = self._share()
+        if self.seed is None:
+            return shard_order(self.shards)[first:last]
+        rows = shard_order(self.shards, np.random.default_rng([self.seed, number]))[first:last]
+        sizes = self._sizes()
+        lengths = [int(sizes[lane :: self.lanes].sum()) for lane in range(self.lanes)]
+        random = np.random.default_rng([self.seed, number, self.rank])
+        return np.concatenate([shuffled_in_windows(lane, random) for lane in np.split(rows, np.cumsum(lengths)[:-1])])
 
 
 class TensorBatches:

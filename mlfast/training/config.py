@@ -78,6 +78,9 @@ class TrainConfig:
     workers: int | None = _option(
         None, "Data", "processes that read images; by default one a core, at most 4", _at_least(0)
     )
+    max_broken: int | None = _option(
+        None, "Data", "images of a split that may be missing or broken; by default 10 and a thousandth", _at_least(0)
+    )
 
     backbone: str = _option("test_resnet", "Model", "timm model with a spatial feature map")
     backbone_args: dict[str, Any] = field(

@@ -16,7 +16,9 @@ from mlfast.data.annotations import AnnotationError, Annotations, LabelLists
 from mlfast.data.dataset import ImageDataset, to_tensor
 from mlfast.data.digits import DigitScenes
 from mlfast.data.loading import load_annotations, options_of, reader
+from mlfast.data.shards import WINDOW
 from mlfast.data.stratify import stratified_rows
+from mlfast.data.stream import ShardImages
 from mlfast.data.transforms import ImageTransform
 from mlfast.models.label_graph import LabelCounts, count_labels
 from mlfast.training.batches import Batches, TensorBatches
@@ -28,6 +30,7 @@ from mlfast.training.mixing import MixedBatches
 
 _EVALUATED_AT_ONCE = 256  # digits
 _LOOKED_FOR = 100  # images of a split
+_MOST_WORKERS = 4  # unless the settings say how many
 
 
 class Data(NamedTuple):
@@ -119,12 +122,15 @@ def _files(config: TrainConfig, share: dict[str, Any]) -> Data:
     augmented = ImageTransform(crop, config.augment, config.cutout)
 
     def batches(annotations: Annotations, transform: ImageTransform, seed: int | None = None) -> LoaderBatches:
+        images = ImageDataset(annotations, None if crop else config.image_size, transform, config.max_broken)
         return LoaderBatches(
-            ImageDataset(annotations, None if crop else config.image_size, transform),
+            ShardImages(images, patience=2 * WINDOW * _lanes(config)) if annotations.shards else images,
             config.batch_size,
             names=annotations.paths,
             seed=seed,
             mostly_unknown=annotations.rest == "unknown",
+            shards=annotations.shards,
+            lanes=_lanes(config),
             workers=_workers(config),
             **share,
         )
@@ -188,4 +194,9 @@ def _hold_out(labels: LabelLists, num_classes: int, config: TrainConfig) -> Sequ
 
 
 def _workers(config: TrainConfig) -> int:
-    return min(4, os.cpu_count() or 1) if config.workers is None else config.workers
+    return min(_MOST_WORKERS, os.cpu_count() or 1) if config.workers is None else config.workers
+
+
+def _lanes(config: TrainConfig) -> int:
+    """One for each worker, by the settings alone: a run may continue on a machine with another number of cores."""
+    return _MOST_WORKERS if config.workers is None else max(config.workers, 1)

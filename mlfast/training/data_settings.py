@@ -38,7 +38,7 @@ def data_problems(values: Mapping[str, Any], wrong: Mapping[str, str]) -> list[s
 def _digits_problems(values: Mapping[str, Any]) -> dict[str, str]:
     return {
         name: f"got {values[name]!r}, expected nothing: the digits are built in"
-        for name in ("data_root", "train_split", "val_split", "data_args")
+        for name in ("data_root", "train_split", "val_split", "data_args", "max_broken")
         if values[name]
     }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mlfast.data.annotations import Shards
 from mlfast.data.dataset import BrokenImagesError
-from mlfast.training.batches import Batch, Rows
+from mlfast.training.batches import Batch, Rows, ShardRows
 from mlfast.training.errors import TrainingError
 
 Item = tuple[Tensor, Tensor]
@@ -22,16 +25,19 @@ Item = tuple[Tensor, Tensor]
 class LoaderBatches:
     """Batches of a data set that gives one image at a time, such as `mlfast.data.ImageDataset`.
 
-    The order of an epoch depends on (seed, epoch) and what a transform draws from torch's CPU generator on (seed,
-    epoch, row), whatever the number of workers: a run that continues in the middle of an epoch sees exactly what it
-    would have seen. The caller's random state is left alone. Workers read ahead two batches each. Those of a shuffled
-    data set live as long as this object; those of an evaluation, which is rare, are started for it.
+    The order of an epoch depends on (seed, epoch), and of shards on the number of lanes too; what a transform draws
+    from torch's CPU generator depends on (seed, epoch, row). The number of workers changes neither, so a run that
+    continues in the middle of an epoch sees exactly what it would have seen. The caller's random state is left alone.
+    Workers read ahead two batches each. Those of a shuffled data set live as long as this object; those of an
+    evaluation, which is rare, are started for it.
 
     Args:
         images: gives uint8 ``[3, H, W]``, all of one size, and int8 ``[K]``.
         batch_size, seed, rank, world_size: as in `mlfast.training.batches.Rows`.
         names: of the images, by row; ``annotations.paths``.
         mostly_unknown: as in `mlfast.training.batches.Batches`.
+        shards: where the images are, if they are read in the order of shards: see `mlfast.training.batches.ShardRows`.
+        lanes: as there.
         workers: processes that read; 0 reads in this one.
         start_method: of the workers: "fork", "spawn" or "forkserver"; None takes Python's default.
 
@@ -48,13 +54,19 @@ class LoaderBatches:
         device: torch.device,
         seed: int | None = None,
         mostly_unknown: bool = False,
+        shards: Shards | None = None,
+        lanes: int = 1,
         workers: int = 0,
         start_method: str | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.num_images, self.names, self.device, self.mostly_unknown = len(names), names, device, mostly_unknown
-        self._order = _EpochOrder(Rows(len(names), batch_size, seed, rank, world_size))
+        self._order = _EpochOrder(
+            ShardRows(shards, batch_size, seed, rank, world_size, lanes)
+            if shards
+            else Rows(len(names), batch_size, seed, rank, world_size)
+        )
         self._loader: DataLoader[tuple[Tensor, Tensor, Tensor]] = DataLoader(
             _SeededItems(images, seed or 0),
             batch_sampler=self._order,
@@ -65,6 +77,8 @@ class LoaderBatches:
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # or the loader would draw from the run's own
         )
+        if self._loader.persistent_workers:
+            atexit.register(_end_workers, weakref.ref(self._loader))
 
     def __len__(self) -> int:
         return len(self._order)
@@ -108,7 +122,7 @@ class WaitingTime:
 class _EpochOrder:
     """The batches of the epoch that is set, as lists of (epoch, row): workers need nothing else to know what to do."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows | ShardRows) -> None:
         self.rows, self.number, self.start = rows, 0, 0
 
     def __len__(self) -> int:
@@ -132,6 +146,16 @@ class _SeededItems(Dataset[Any]):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(state[0]))  # torch.manual_seed would reach the GPUs' too
             return *self.images[row], row
+
+
+def _end_workers(loader: weakref.ref[DataLoader[Any]]) -> None:
+    """Ask the workers of a loader that is still there on exit to end.
+
+    Python itself would send each a single SIGTERM, which they leave to the parent, and then wait for them for ever.
+    """
+    iterator: Any = getattr(loader(), "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:

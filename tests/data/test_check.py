@@ -115,7 +115,7 @@ def test_wrong_use_is_one_line_and_status_2(root, capsys, arguments, message):
     assert message in err and err.startswith("mlfast data: ") and "Traceback" not in err
 
 
-@pytest.mark.parametrize("arguments", [[], ["check"], ["check", "coko", "x"], ["check", "json", "x", "--yaer", "1"]])
+@pytest.mark.parametrize("arguments", [["check"], ["check", "coko", "x"], ["check", "json", "x", "--yaer", "1"]])
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["data", *arguments])

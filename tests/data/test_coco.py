@@ -75,7 +75,15 @@ def test_errors(root, write):
         lambda c: c["annotations"][2].update(image_id=99), r"annotations\[2\] has the image_id 99, which is not listed"
     )
     broken(lambda c: c["annotations"][1].update(category_id=2), r"annotations\[1\] has the category_id 2")
-    broken(lambda c: c["annotations"][3].pop("image_id"), r"annotations\[3\] is \{.*expected an object with 'image_id'")
-    broken(lambda c: c["images"][1].update(file_name=5), r"images\[1\]: got the file_name 5")
-    broken(lambda c: c.pop("categories"), "there is no list 'categories'")
+    broken(
+        lambda c: c["annotations"][3].pop("image_id"), r"missing required field `image_id` - at `\$.annotations\[3\]`"
+    )
+    broken(lambda c: c["images"][1].update(file_name=5), r"Expected `str`, got `int` - at `\$.images\[1\].file_name`")
+    broken(lambda c: c.pop("categories"), "missing required field `categories`; give COCO's instances files")
+    broken(lambda c: c["images"][2].update(id=5), r"images\[2\] has the id 5 once more")
+    broken(lambda c: c["categories"][2].update(id=90), r"categories\[2\] has the id 90 once more")
     broken(lambda c: c["images"][1].update(file_name="../../x.jpg"), r"images\[1\]: the image path .* is refused")
+    for content in (b"", b"{", b"[]", b'{"images": [', b"\xff\xfe{}"):
+        write({"annotations/instances_val2017.json": content})
+        with pytest.raises(AnnotationError, match=r"instances_val2017.json: .*; give COCO's instances files"):
+            load_annotations("coco", root, "val")

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from mlfast.data import BrokenImagesError, DigitScenes, ImageDataset, ShardStream, load_annotations
-from tests.data.test_webdataset import labels, tar
+from mlfast.data import BrokenImagesError, DigitScenes, ImageDataset, load_annotations
 
 
 @pytest.fixture
@@ -97,60 +96,3 @@ def test_digits_have_their_own_class():
     np.testing.assert_array_equal(a.targets(np.arange(20)), DigitScenes("val", size=20).targets)
     with pytest.raises(ValueError, match=r"use mlfast.data.DigitScenes"):
         ImageDataset(a)
-
-
-@pytest.fixture
-def shards(write, jpeg):
-    """Seven shards of 3 images, whose number is their red."""
-    files = {}
-    for shard in range(7):
-        members = []
-        for n in range(3 * shard, 3 * shard + 3):
-            members += [(f"{n}.jpg", jpeg((10 * n, 0, 0))), (f"{n}.json", labels(str(n % 2)))]
-        files[f"t-{shard}.tar"] = tar(*members)
-    return ImageDataset(load_annotations("webdataset", write(files), "t"), size=4)
-
-
-def numbers(stream):
-    return [round(int(image[0, 0, 0]) / 10) for image, _ in stream]
-
-
-def test_one_worker_sees_every_image_once_in_a_new_order_each_epoch(shards):
-    stream = ShardStream(shards, seed=3, buffer_size=4)
-    first, again = numbers(stream), numbers(stream)
-    stream.set_epoch(1)
-    assert sorted(first) == list(range(21)) and first == again != numbers(stream)
-    ordered = numbers(ShardStream(shards, buffer_size=1))
-    assert all(ordered[i : i + 3] == list(range(ordered[i], ordered[i] + 3)) for i in range(0, 21, 3))
-
-
-def test_ranks_and_workers_share_the_shards_out(shards):
-    per_rank = [
-        numbers(DataLoader(ShardStream(shards, rank=rank, world_size=2, buffer_size=5), None, num_workers=0))
-        for rank in (0, 1)
-    ]
-    assert [len(part) for part in per_rank] == [10, 10]  # equal, so that ranks make the same number of steps
-    assert not set(per_rank[0]) & set(per_rank[1])
-    two = numbers(DataLoader(ShardStream(shards), batch_size=None, num_workers=2))
-    assert len(two) == 20 and len(set(two)) >= 19
-
-
-def test_a_worker_with_too_few_images_begins_again(shards):
-    parts = [numbers(ShardStream(shards, rank=rank, world_size=5)) for rank in range(5)]
-    assert [len(part) for part in parts] == [4] * 5  # of two workers with two shards and three with one
-
-
-def test_shards_for_fewer_workers_than_asked(shards, make):
-    with pytest.raises(ValueError, match="There are 7 shards for 8 processes x 1 workers"):
-        next(iter(ShardStream(shards, world_size=8)))
-    with pytest.raises(ValueError, match="json is not in shards"):
-        ShardStream(ImageDataset(make(2)))
-    with pytest.raises(ValueError, match="got rank 2 of 2"):
-        ShardStream(shards, rank=2, world_size=2)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_lost_shard_is_a_broken_image(shards):
-    (shards.annotations.root / "t-3.tar").unlink()
-    targets = [target for _, target in ShardStream(shards)]
-    assert len(shards.broken()) == 3 and sum((t == -1).all().item() for t in targets) == 3

@@ -38,6 +38,22 @@ def test_a_new_image_is_seen_in_spite_of_the_cache(write, make_old):
     assert len(load_annotations("folder", root, "train")) == 2
 
 
+def test_a_changed_copy_is_seen_in_spite_of_the_cache(write, labels_of):
+    files = {"train/cat/1.jpg": b"same", "train/dog/1.jpg": b"same", "train/dog/2.jpg": b"alone"}
+    assert len(load_annotations("folder", write(files), "train")) == 2
+    for content in (b"mesa", b"longer"):
+        root = write({"train/dog/1.jpg": content})
+        assert len(load_annotations("folder", root, "train")) == 3
+    assert len(load_annotations("folder", write({"train/dog/1.jpg": b"same"}), "train")) == 2
+
+
+def test_links_in_a_circle_end(write):
+    root = write({"train/cat/1.jpg": b"1"})
+    (root / "train/cat/again").symlink_to(root / "train")
+    (root / "train/dog").symlink_to(root / "train/cat")  # a class may lie elsewhere
+    assert list(load_annotations("folder", root, "train").paths) == ["train/cat/1.jpg"]
+
+
 def test_hugging_face_imagefolder(write, labels_of):
     rows = [{"file_name": "a.png", "labels": ["x", "y"]}, {"file_name": "sub/b.png", "labels": [], "extra": 1}]
     root = write({"train/metadata.jsonl": "\n".join(map(json.dumps, rows)) + "\n"})

@@ -3,7 +3,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from mlfast.data.images import ImageError, decode
 
@@ -68,11 +68,15 @@ def test_exif_orientation(orientation, size):
     assert np.abs(np.asarray(result, int) - np.asarray(expected, int)).mean() < 4
 
 
-def test_a_large_jpeg_is_decoded_small_and_close_to_the_full_way():
+def test_a_large_jpeg_is_decoded_small_and_close_to_the_full_way(monkeypatch):
     smooth = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 16, 3), np.uint8)).resize((800, 600))
     data = encoded(smooth, "JPEG", quality=95)
     full = Image.open(io.BytesIO(data)).resize((64, 64), Image.Resampling.BILINEAR)
+    sizes = []
+    real = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: sizes.append(image.size) or real(image))
     assert np.abs(np.asarray(decode(data, (64, 64)), int) - np.asarray(full, int)).mean() < 2
+    assert set(sizes) == {(100, 75)}  # an eighth
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):

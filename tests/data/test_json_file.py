@@ -12,6 +12,7 @@ def test_as_the_released_code_writes_it(write, labels_of):
     assert a.classes == ("cat", "cow", "dog")  # sorted, as the released code numbers them
     assert labels_of(a) == {"images/b ä.jpg": {"cat", "dog"}, "images/a.jpg": set()}
     assert a.notes == ("1 times an image lists a label again; it counts once",)
+    assert a.counts().tolist() == [1, 0, 1] and a.labels_per_image().tolist() == [2, 0]
     assert len(load_annotations("json", root, "train", unlabelled="drop")) == 1
     assert load_annotations("json", root, "train", classes=["dog", "cat"]).classes == ("dog", "cat")
 

@@ -19,7 +19,7 @@ HIERARCHY = {
     "LabelName": "/m/0bl9f",
     "Subcategory": [
         {"LabelName": "/m/01g317", "Subcategory": [{"LabelName": "/m/04yx4"}]},
-        {"LabelName": "/m/0k5j", "Subcategory": [{"LabelName": "/m/0cmf2"}]},
+        {"LabelName": "/m/0k5j", "Subcategory": [{"LabelName": "/m/0cmf2"}], "Part": [{"LabelName": "/m/0199g"}]},
     ],
 }
 FILE = "oidv6-train-annotations-human-imagelabels.csv"
@@ -56,6 +56,14 @@ def test_hierarchy(root):
 def test_negatives_go_down_the_hierarchy(root, write):
     write({FILE: HEADER + "0000000000000001,verification,/m/0k5j,0\n"})
     assert load_annotations("openimages", root, "train", expand=True).targets(0).tolist() == [-1, -1, 0, 0]
+
+
+def test_a_part_is_no_kind(root, write):
+    # The tree names what things consist of too: a wheel makes no aircraft, and where no aircraft is may be a wheel.
+    rows = "0000000000000001,verification,/m/0199g,1\n0000000000000002,verification,/m/0k5j,0\n"
+    write({FILE: HEADER + rows, "annotations/class-descriptions-boxable.csv": DESCRIPTIONS + "/m/0199g,Wheel\n"})
+    a = load_annotations("openimages", root, "train", expand=True)
+    assert a.targets([0, 1]).tolist() == [[-1, -1, -1, -1, 1], [-1, -1, 0, 0, -1]]
 
 
 def test_all_classes_and_the_newer_file_first(root, write):
@@ -109,8 +117,10 @@ def test_other_errors(root, write):
     with pytest.raises(ValueError, match="class_set: got 'some'"):
         load_annotations("openimages", root, "train", class_set="some")
     write({FILE: "id,label\n" + ROWS})
-    with pytest.raises(AnnotationError, match="line 1: got 'id,label', expected ImageID,Source"):
-        load_annotations("openimages", root, "train")
+    for content in ("id,label\n" + ROWS, "id,label", ""):
+        write({FILE: content})
+        with pytest.raises(AnnotationError, match=r"line 1: got '(id,label)?', expected ImageID,Source"):
+            load_annotations("openimages", root, "train")
     write({FILE: HEADER + "000002b66c9c498e,verification,/m/0zzzz,1"})
     with pytest.raises(AnnotationError, match="no row is about one of the 4 classes"):
         load_annotations("openimages", root, "train")

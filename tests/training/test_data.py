@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import typing
 import warnings
 from pathlib import Path
@@ -269,6 +271,16 @@ def test_signals_to_the_workers_do_not_end_them():
     assert len(list(batches)) == 5
 
 
+def test_workers_that_are_still_there_do_not_keep_a_process_from_ending():
+    code = "from tests.training.test_data import gradients\nbatches = gradients(batch_size=4, seed=0, workers=1)\n"
+    code += "epoch = batches.epoch(0); next(epoch); print('done', flush=True)"
+    path = {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | path, capture_output=True, text=True, timeout=90
+    )
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_broken_images_are_left_out_and_too_many_stop_the_run_by_name(tmp_path, workers):
     root = write_csv(tmp_path / "csv", train=16, val=1)
@@ -286,6 +298,21 @@ def test_broken_images_are_left_out_and_too_many_stop_the_run_by_name(tmp_path, 
         with pytest.raises(TrainingError, match=r"^1 of 16 images cannot be read, .*images/003\.jpg") as caught:
             list(batches(0).epoch(0))
     assert isinstance(caught.value.__cause__, BrokenImagesError) and "Traceback" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_how_many_images_may_be_broken_is_a_setting(on_files, tmp_path):
+    root = write_csv(tmp_path / "csv", train=16, val=1)
+    (root / "images/003.jpg").write_bytes(b"")
+    for max_broken in (1, 0):
+        data = create_data(on_files(data_root=str(root), batch_size=4, max_broken=max_broken), CPU)
+        if max_broken:
+            assert len(list(data.train.epoch(0))) == 4
+            continue
+        with pytest.raises(TrainingError, match=r"more than max_broken=0: images/003\.jpg"):
+            list(data.train.epoch(0))
+    with pytest.raises(ConfigError, match="max_broken: got 3, expected nothing: the digits are built in"):
+        TrainConfig(max_broken=3)
 
 
 def test_waiting_is_measured(monkeypatch):

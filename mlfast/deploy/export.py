@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mlfast.deploy.images import model_input
 from mlfast.deploy.model_info import KEY, ModelInfo
 from mlfast.deploy.runtimes import OUTPUTS, OnnxRuntime, OpenVinoRuntime, normalised
 from mlfast.deploy.thresholds import read_thresholds
@@ -198,10 +199,9 @@ def _worst_difference(
 def _sample_images(image_size: int) -> np.ndarray:
     """Scenes of digits, uint8 ``[16, H, W, 3]``: photographs would do as well, but these are always at hand."""
     from mlfast.data import DigitScenes
-    from mlfast.deploy.images import read_image
 
     scenes = DigitScenes("val", 16, 64).images.permute(0, 2, 3, 1).numpy()
-    return np.stack([np.asarray(read_image(scene, (image_size, image_size))) for scene in scenes])
+    return np.stack([model_input(scene, image_size) for scene in scenes])
 
 
 def _check_format(file_format: str) -> None:

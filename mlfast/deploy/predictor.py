@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlfast.data.images import MAX_PIXELS, ImageError
-from mlfast.deploy.images import read_image
+from mlfast.deploy.images import model_input
 from mlfast.deploy.runtimes import open_model
 
 
@@ -113,7 +113,7 @@ class Predictor:
 
     def _read(self, number: int, image: Any) -> np.ndarray | ImageError:
         try:
-            return np.array(read_image(image, (self.info.image_size,) * 2, self.max_pixels))
+            return model_input(image, self.info.image_size, self.info.resize, self.max_pixels)
         except ImageError as error:
             name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"images[{number}]"
             return ImageError(f"{name}: {error}")

@@ -116,14 +116,15 @@ def _check(options: argparse.Namespace) -> None:
 def _predict(
     model: Runtime, data: DataChoice, name: str, options: argparse.Namespace, purpose: str = ""
 ) -> tuple[Predictions, list[str]]:
-    """The predictions for a split, and a line about what could not be read, where there is anything."""
+    """The predictions for a split, and lines about what could not be read."""
     from mlfast.deploy.evaluate import predict_split
     from mlfast.deploy.splits import broken_images
 
     images = data.read(name, model.info, options.images)
     predictions = predict_split(model, images, options.batch_size, title=f"{purpose}{data.split(name)}")
     broken = broken_images(images)
-    return predictions, [f"{len(broken)} of them could not be read and count nowhere: {broken[0]} ..."] * bool(broken)
+    notes = [f"{len(broken)} of them could not be read and count nowhere: {', '.join(broken[:3])}"] if broken else []
+    return predictions, notes
 
 
 def _tune(model: Runtime, data: DataChoice, options: argparse.Namespace) -> tuple[np.ndarray, str]:

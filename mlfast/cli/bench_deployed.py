@@ -41,10 +41,10 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlfast bench --deployed",
-        description="Time trained models here in eager PyTorch, torch.compile, ONNX Runtime and OpenVINO, as trained and "
-        "folded (and int8 files of mlfast export that lie in the folder): milliseconds for one image, "
-        "images a second in batches, and how far probabilities are from PyTorch's. Give several models to weigh speed "
-        "against mAP.",
+        description="Time trained models on this machine in eager PyTorch, torch.compile, ONNX Runtime and OpenVINO: "
+        "as trained, folded, and the int8 files of mlfast export that lie in the folder. A row has milliseconds for "
+        "one image, images a second in batches, and how far probabilities are from PyTorch's. Give several models to "
+        "weigh speed against mAP.",
     )
     parser.add_argument("--deployed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(

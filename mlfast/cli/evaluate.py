@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
     if (values != 0.5).any():
         rows["adaptive"] = predictions.metrics(values, **definitions)
     else:
-        note = "--tune SPLIT chooses thresholds"
+        note = "the threshold of every class is 0.5"
+        note += "; --tune SPLIT chooses others" if Path(options.model).is_dir() else ""
     source = f"{data.kind}/{data.split(options.split)}"
     notes = [f"{predictions.num_images} images of {source}; {note}", *broken]
     if absent := len(values) - rows["0.5"].num_classes_evaluated:

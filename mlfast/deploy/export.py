@@ -8,6 +8,7 @@ reads the ONNX.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import tempfile
 import warnings
@@ -224,6 +225,12 @@ def _check_format(file_format: str) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Exporters warn about their own insides."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    logger = logging.getLogger("onnxscript")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

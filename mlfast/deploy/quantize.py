@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +112,8 @@ def _quantize(whole: Path, path: Path, calibration: LabelledImages) -> int:
     # NNCF has a scheme of its own for attention, which must be asked for.
     attention = any(node.get_type_name() in _ATTENTION for node in model.get_ops())
     kind: Any = nncf.ModelType.TRANSFORMER if attention else None
-    quantized = nncf.quantize(model, dataset, subset_size=count, model_type=kind)
+    with contextlib.redirect_stdout(sys.stderr):  # its progress bars
+        quantized = nncf.quantize(model, dataset, subset_size=count, model_type=kind)
     _copy_metadata(model, quantized)
     openvino.save_model(quantized, path, compress_to_fp16=False)
     return count

@@ -16,7 +16,6 @@ import numpy as np
 
 from mlfast.deploy.evaluate import predict_split
 from mlfast.deploy.export import export_model
-from mlfast.deploy.model_info import KEY
 from mlfast.deploy.runtimes import OpenVinoRuntime, normalised
 from mlfast.deploy.splits import LabelledImages
 from mlfast.evaluation import MultilabelMetrics
@@ -114,15 +113,8 @@ def _quantize(whole: Path, path: Path, calibration: LabelledImages) -> int:
     kind: Any = nncf.ModelType.TRANSFORMER if attention else None
     with contextlib.redirect_stdout(sys.stderr):  # its progress bars
         quantized = nncf.quantize(model, dataset, subset_size=count, model_type=kind)
-    _copy_metadata(model, quantized)
     openvino.save_model(quantized, path, compress_to_fp16=False)
     return count
-
-
-def _copy_metadata(source: Any, target: Any) -> None:
-    target.set_rt_info(source.get_rt_info([KEY]).astype(str), [KEY])
-    for key, value in source.get_rt_info(["model_info"]).astype(dict).items():
-        target.set_rt_info(value.astype(str) if hasattr(value, "astype") else value, ["model_info", key])
 
 
 def _metrics(path: Path, images: LabelledImages) -> MultilabelMetrics:

@@ -1,0 +1,72 @@
+import shutil
+
+import numpy as np
+import pytest
+
+from mlfast import cli
+from mlfast.deploy import Predictor, quantize
+from mlfast.deploy.evaluate import predict_split
+from mlfast.deploy.runtimes import open_model
+
+
+def test_int8(tuned_folder, tmp_path, scenes, capsys):
+    pytest.importorskip("nncf", reason="nncf is not installed")
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    folder = shutil.copytree(tuned_folder[0], tmp_path / "best")
+    arguments = ["--format", "openvino", "--int8", "--data", "digits", "--images", "48", "--max-drop", "100"]
+    assert cli.main(["export", str(folder), *arguments]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{folder}/model-int8.xml: calibrated with 300 images of digits/train;")
+    assert "48 images of digits/val" in out and "Statistics" not in out
+    assert sorted(path.name for path in folder.iterdir() if path.suffix in (".xml", ".bin")) == [
+        "model-int8.bin",
+        "model-int8.xml",
+    ]
+    model = openvino.Core().read_model(folder / "model-int8.xml")
+    assert sum(node.get_type_name() == "FakeQuantize" for node in model.get_ops()) > 10
+    assert model.get_rt_info(["model_info", "labels"]).astype(str).startswith("red_0 ")
+    predictor = Predictor(folder / "model-int8.xml")
+    np.testing.assert_array_equal(predictor.thresholds, tuned_folder[1])
+    # What was printed is what a user gets.
+    for title, path in (("float32", folder), ("int8", folder / "model-int8.xml")):
+        predictions = predict_split(open_model(path), scenes)
+        row = next(line for line in out.splitlines() if line.startswith(title)).split()
+        metrics = predictions.metrics(tuned_folder[1])
+        assert float(row[1]) == pytest.approx(100 * metrics.mAP, abs=0.06)
+        assert float(row[-1]) == pytest.approx(100 * metrics.CF1, abs=0.06)
+
+
+def test_a_model_that_got_worse_is_refused_and_leaves_nothing(tuned_folder, tmp_path, scenes, monkeypatch):
+    pytest.importorskip("nncf", reason="nncf is not installed")
+    pytest.importorskip("openvino", reason="openvino is not installed")
+
+    def copied(whole, path, calibration):
+        shutil.copy(whole, path)
+        shutil.copy(whole.with_suffix(".bin"), path.with_suffix(".bin"))
+        return 1
+
+    class Worse:
+        """Images whose labels are, the second time, others."""
+
+        classes, turns = scenes.classes, 0
+
+        def __len__(self):
+            return len(scenes)
+
+        def __getitem__(self, row):
+            self.turns += 1
+            image, target = scenes[row]
+            return image, target if self.turns <= len(scenes) else scenes[row - 1][1]
+
+    monkeypatch.setattr(quantize, "_quantize", copied)
+    output = tmp_path / "new" / "int8.xml"
+    with pytest.raises(ValueError, match=r"mAP falls from [\d.]+ to [\d.]+ on 48 images, by more than -20 points"):
+        quantize.export_int8(tuned_folder[0], scenes, Worse(), output, max_drop=-0.2)
+    assert list(output.parent.iterdir()) == []
+    assert quantize.export_int8(tuned_folder[0], scenes, scenes, output).before.mAP > 0
+
+
+def test_a_missing_package_is_named(tuned_folder, scenes, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r'int8 needs nncf: pip install "mlfast\[int8\]"'):
+        quantize.export_int8(tuned_folder[0], scenes, scenes)

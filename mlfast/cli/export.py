@@ -68,7 +68,7 @@ def _export_int8(options: argparse.Namespace) -> int:
     try:
         done = export_int8(
             folder,
-            data.read(options.calibrate, info),
+            data.read(options.calibrate, info, options.images),
             data.read(options.split, info, options.images),
             options.output,
             fold_thresholds=options.fold_thresholds,

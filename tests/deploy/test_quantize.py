@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlfast import cli
-from mlfast.deploy import Predictor, quantize
+from mlfast.deploy import Export, Predictor, quantize
 from mlfast.deploy.evaluate import predict_split
 from mlfast.deploy.runtimes import open_model
 
@@ -12,11 +12,13 @@ from mlfast.deploy.runtimes import open_model
 def test_int8(tuned_folder, tmp_path, scenes, capsys):
     pytest.importorskip("nncf", reason="nncf is not installed")
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
-    folder = shutil.copytree(tuned_folder[0], tmp_path / "best")
+    folder = shutil.copytree(
+        tuned_folder[0], tmp_path / "best", ignore=shutil.ignore_patterns("model.xml", "model.bin")
+    )
     arguments = ["--format", "openvino", "--int8", "--data", "digits", "--images", "48", "--max-drop", "100"]
     assert cli.main(["export", str(folder), *arguments]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{folder}/model-int8.xml: calibrated with 300 images of digits/train;")
+    assert out.startswith(f"{folder}/model-int8.xml: calibrated with 48 images of digits/train;")
     assert "48 images of digits/val" in out and "Statistics" not in out
     assert sorted(path.name for path in folder.iterdir() if path.suffix in (".xml", ".bin")) == [
         "model-int8.bin",
@@ -36,14 +38,14 @@ def test_int8(tuned_folder, tmp_path, scenes, capsys):
         assert float(row[-1]) == pytest.approx(100 * metrics.CF1, abs=0.06)
 
 
-def test_a_model_that_got_worse_is_refused_and_leaves_nothing(tuned_folder, tmp_path, scenes, monkeypatch):
+def test_a_model_that_got_worse_is_refused_and_leaves_nothing(tuned_folder, exported, tmp_path, scenes, monkeypatch):
     pytest.importorskip("nncf", reason="nncf is not installed")
-    pytest.importorskip("openvino", reason="openvino is not installed")
+    file = exported("openvino").path
 
-    def copied(whole, path, calibration):
-        shutil.copy(whole, path)
-        shutil.copy(whole.with_suffix(".bin"), path.with_suffix(".bin"))
-        return 1
+    def copied(path):
+        shutil.copy(file, path)
+        shutil.copy(file.with_suffix(".bin"), path.with_suffix(".bin"))
+        return Export(path, 0.0, 16)
 
     class Worse:
         """Images whose labels are, the second time, others."""
@@ -58,12 +60,14 @@ def test_a_model_that_got_worse_is_refused_and_leaves_nothing(tuned_folder, tmp_
             image, target = scenes[row]
             return image, target if self.turns <= len(scenes) else scenes[row - 1][1]
 
-    monkeypatch.setattr(quantize, "_quantize", copied)
+    monkeypatch.setattr(quantize, "export_model", lambda folder, kind, path, **_: copied(path))
+    monkeypatch.setattr(quantize, "_quantize", lambda whole, path, calibration: copied(path).images)
     output = tmp_path / "new" / "int8.xml"
-    with pytest.raises(ValueError, match=r"mAP falls from [\d.]+ to [\d.]+ on 48 images, by more than -20 points"):
-        quantize.export_int8(tuned_folder[0], scenes, Worse(), output, max_drop=-0.2)
+    with pytest.raises(ValueError, match=r"mAP falls from [\d.]+ to [\d.]+ on 48 images, by more than 1 points"):
+        quantize.export_int8(tuned_folder[0], scenes, Worse(), output)
     assert list(output.parent.iterdir()) == []
-    assert quantize.export_int8(tuned_folder[0], scenes, scenes, output).before.mAP > 0
+    same = quantize.export_int8(tuned_folder[0], scenes, scenes, output)
+    assert same.before.mAP == same.after.mAP and Predictor(output).classes == scenes.classes
 
 
 def test_a_missing_package_is_named(tuned_folder, scenes, monkeypatch):

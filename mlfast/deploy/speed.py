@@ -80,7 +80,7 @@ def measure(
                 call = make()
                 found = call(inputs)
             except Exception as error:  # whatever a runtime has against a model is what the user asked to see
-                results[name] = Speed(name, problem=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+                results[name] = Speed(name, problem=_reason(error))
                 continue
             ready[name] = call
             results[name] = Speed(name, difference=float(np.abs(found - truth).max()))
@@ -125,6 +125,13 @@ def _contestants(
         yield "OpenVINO bfloat16, folded", partial(in_openvino, "folded", "bf16")
     for file in files:
         yield file.name, partial(_open, file)
+
+
+def _reason(error: BaseException) -> str:
+    """One line about the innermost cause: exporters wrap it in advice."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return " ".join([type(error).__name__ + ":", *str(error).strip().splitlines()[:1]])
 
 
 def _open(file: Path) -> Call:

@@ -4,6 +4,7 @@ import importlib.util
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -27,14 +28,43 @@ def test_compiles(path):
     compile(path.read_text(), path, "exec")
 
 
-def test_timm_loop_learns(capsys):
+@pytest.fixture
+def working_torchvision():
+    """The examples import timm, or what looks for torchvision, first: a mismatched torchvision would break that."""
     from mlfast.torchvision_compat import import_torchvision
 
-    import_torchvision()  # the example imports timm first, which a mismatched torchvision would break
+    import_torchvision()
+
+
+def test_timm_loop_learns(working_torchvision, capsys):
     metrics = load("timm_loop").main(["--images", "256", "--steps", "21", "--batch-size", "16"])
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert losses[-1] < losses[0]
     assert 0.05 < metrics.mAP < 1
+
+
+def test_lightning_module_learns(working_torchvision):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    from lightning import Callback
+
+    losses = []
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, *_):
+            losses.append(float(outputs["loss"]))
+
+    trainer = load("lightning_module").main(["--images", "512", "--epochs", "2"], callbacks=[Losses()])
+    assert len(losses) == 16 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert 0.05 < trainer.callback_metrics["mAP"] < 1
+
+
+def test_huggingface_trainer_learns(working_torchvision, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    arguments = ["--images", "512", "--epochs", "2", "--output", str(tmp_path)]
+    losses, found = load("huggingface_trainer").main(arguments)
+    assert len(losses) == 16 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert 0.05 < found["eval_mAP"] < 1
 
 
 @pytest.fixture
@@ -67,4 +97,8 @@ def test_fastapi_service(model, monkeypatch):
 
 def test_gradio_page(model):
     pytest.importorskip("gradio", reason="gradio is not installed")
-    assert load("gradio_page").page(str(model)) is not None
+    page = load("gradio_page").page(str(model))
+    predict = page.fn
+    assert predict(None, 0) == {}
+    picture = np.zeros((40, 40, 3), np.uint8)
+    assert set(predict(picture, 0.001)) == {"cat", "dog"} and set(predict(picture, 0)) <= {"cat", "dog"}

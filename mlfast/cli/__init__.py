@@ -1,4 +1,4 @@
-"""The ``mlfast`` command: one file a command, each with ``main(argv) -> exit status``."""
+"""The ``mlfast`` command: one file a command, each with ``main(argv) -> exit status``; `data_choice` is shared."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ COMMANDS = {
     "graph": "show and draw which labels occur together",
     "evaluate": "measure a model on a split, and choose a threshold for each class",
     "predict": "find the labels of images",
-    "export": "write a model as ONNX, OpenVINO IR or a PyTorch program, verified",
+    "export": "write a model as ONNX, OpenVINO IR (int8 too) or a PyTorch program, verified",
     "info": "count the parameters and multiply-accumulates of a model",
     "backends": "show which kernels can run on this machine, and why the others cannot",
     "ablate": "train on the built-in digits with each part of the method, and draw its losses",
-    "bench": "time every op on this machine against plain PyTorch, and say which gain nothing here",
+    "bench": "time every op on this machine against plain PyTorch; --deployed: trained models in every runtime",
 }
 FAILED, USER_ERROR = 1, 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

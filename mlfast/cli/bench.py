@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlfast.cli import USER_ERROR
+from mlfast.cli import USER_ERROR, bench_deployed
 
 _NO_BENCH = """\
 the benchmarks are not part of the installed package: they need the repository's folder bench/. In a checkout:
@@ -18,11 +18,16 @@ the benchmarks are not part of the installed package: they need the repository's
 
 
 def main(argv: list[str]) -> int:
-    """Run the checkout's benchmarks."""
+    """Run the checkout's benchmarks, or time trained models."""
+    if "--deployed" in argv:
+        return bench_deployed.main(argv)
     parser = argparse.ArgumentParser(
         prog="mlfast bench",
         description="Time every op on this machine against plain PyTorch, and say which gain nothing here: about three "
         "minutes. What it does not know goes on to pytest, such as -k aam_loss or --device cuda.",
+    )
+    parser.add_argument(
+        "--deployed", action="store_true", help="time trained models instead: mlfast bench --deployed --help"
     )
     parser.add_argument("--full", action="store_true", help="every size: about half an hour")
     known, others = parser.parse_known_args(argv)

@@ -28,7 +28,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, folders or patterns such as 'in/**/*.jpg'")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="[%(default)s]")
     parser.add_argument("--threshold", type=float, metavar="X", help="one for all labels, not the tuned ones")
-    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="write each picture with its labels here, as PNG")
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        metavar="FOLDER",
+        help="write each picture with its labels here, as PNG, and where an ML-Decoder looks for each",
+    )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time  [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...; of a model folder  [%(default)s]")
     options = parser.parse_args(argv)
@@ -42,7 +47,7 @@ def main(argv: list[str]) -> int:
     failures: list[str] = []
     results = _results(predictor, files, failures)
     if options.draw:
-        results = _drawing(results, options.draw)
+        results = _drawing(results, predictor, options.draw)
     {"table": _print_table, "json": _print_json, "csv": _print_csv}[options.format](results)
     if failures:
         print(f"mlfast predict: {len(failures)} of {len(files)} images could not be read", file=sys.stderr)
@@ -64,9 +69,10 @@ def _results(predictor: Predictor, files: list[str], failures: list[str]) -> _Na
             yield file, result
 
 
-def _drawing(results: _Named, folder: Path) -> _Named:
+def _drawing(results: _Named, predictor: Predictor, folder: Path) -> _Named:
     """Pass the results on, and write a picture for each."""
-    from mlfast.deploy.draw import draw_labels
+    from mlfast.data.transforms import crop_to
+    from mlfast.deploy.draw import draw_attention, draw_labels
     from mlfast.deploy.images import read_image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +84,13 @@ def _drawing(results: _Named, folder: Path) -> _Named:
             number += 1
             name = f"{stem}-{number}"
         used.add(name)
-        draw_labels(read_image(file), prediction.labels).save(folder / f"{name}.png")
+        image = read_image(file)
+        sheet = draw_labels(image, prediction.labels)
+        if predictor.shows_attention and prediction.labels:
+            maps = dict(zip(predictor.classes, predictor.attention(file), strict=True))
+            seen = crop_to(image, min(image.size)) if predictor.info.resize == "crop" else image
+            sheet = draw_attention(sheet, seen, {label: maps[label] for label in prediction.labels})
+        sheet.save(folder / f"{name}.png")
         yield file, prediction
 
 

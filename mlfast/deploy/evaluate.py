@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from mlfast.deploy.runtimes import Runtime
+from mlfast.deploy.splits import LabelledImages, batches, mostly_unknown
 from mlfast.deploy.thresholds import rounded_down
 from mlfast.evaluation import MultilabelMetrics, Predictions, Thresholds
 
 COLUMNS = ("mAP", "OP", "OR", "OF1", "CP", "CR", "CF1")
-
-
-class LabelledImages(Protocol):
-    """A data set: item i is an image, uint8 ``[3, H, W]`` of the model's size, and a target, int8 ``[K]``."""
-
-    classes: Sequence[str]
-
-    def __len__(self) -> int:
-        """The number of images."""
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """Image and target, as tensors."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +33,19 @@ def predict_split(model: Runtime, images: LabelledImages, batch_size: int = 64, 
     """
     if list(images.classes) != list(model.info.classes):
         raise ValueError(f"the {_difference(model.info.classes, images.classes)}, so their scores cannot be compared")
-    predictions = Predictions(len(model.info.classes))
+    predictions = Predictions(len(model.info.classes), known_only=mostly_unknown(images))
+    count = -(-len(images) // batch_size)
     # disable=None: no bar where the output is not a terminal
-    for first in tqdm(range(0, len(images), batch_size), desc=title, unit="batch", leave=False, disable=None):
-        items = [images[index] for index in range(first, min(first + batch_size, len(images)))]
-        pixels = np.stack([image.numpy().transpose(1, 2, 0) for image, _ in items])
-        predictions.add(model(pixels), np.stack([target.numpy() for _, target in items]))
+    for pixels, targets in tqdm(
+        batches(images, batch_size), total=count, desc=title, unit="batch", leave=False, disable=None
+    ):
+        predictions.add(model(pixels), targets)
     return predictions
 
 
-def tune(predictions: Predictions) -> Tuned:
-    """The threshold of each class with the best F1, rounded down to four digits."""
-    thresholds = predictions.thresholds()
+def tune(predictions: Predictions, **options: Any) -> Tuned:
+    """The best threshold of each class, rounded down to four digits; ``options`` are those of `tune_thresholds`."""
+    thresholds = predictions.thresholds(**options)
     return Tuned(thresholds, rounded_down(thresholds.values))
 
 

@@ -8,6 +8,7 @@ reads the ONNX.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import tempfile
 import warnings
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mlfast.deploy.images import model_input
 from mlfast.deploy.model_info import KEY, ModelInfo
 from mlfast.deploy.runtimes import OUTPUTS, OnnxRuntime, OpenVinoRuntime, normalised
 from mlfast.deploy.thresholds import read_thresholds
@@ -35,7 +37,7 @@ _SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 # A threshold of exactly 0 or 1 has no logit. In float32 nothing lies between these and 0 or 1 that a sigmoid tells.
 _FOLDABLE = 1e-7
 
-Outputs = Callable[[np.ndarray], list[np.ndarray]]
+Probabilities = Callable[[np.ndarray], np.ndarray]  # of uint8 images
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def export_model(
         info = info.with_threshold(0.5)
 
     program = exported_program(deployed, info.image_size)
-    images = _sample_images(info.image_size)
+    images = sample_images(info.image_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
         partial = Path(scratch) / path.name
@@ -130,12 +132,13 @@ def exported_program(model: nn.Module, image_size: int) -> Any:
         return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
 
 
-def _write_onnx(program: Any, info: ModelInfo, path: Path) -> Outputs:
-    _save_onnx(program, info, path)
-    return OnnxRuntime(path).outputs
+def _write_onnx(program: Any, info: ModelInfo, path: Path) -> Probabilities:
+    save_onnx(program, info, path)
+    return OnnxRuntime(path)
 
 
-def _save_onnx(program: Any, info: ModelInfo, path: Path) -> None:
+def save_onnx(program: Any, info: ModelInfo, path: Path) -> None:
+    """Write an `exported_program` as one ONNX file with its metadata."""
     with _quiet():
         written = torch.onnx.export(
             program, dynamo=True, input_names=["images"], output_names=list(OUTPUTS), verbose=False
@@ -147,35 +150,40 @@ def _save_onnx(program: Any, info: ModelInfo, path: Path) -> None:
     written.save(path, external_data=False)
 
 
-def _write_openvino(program: Any, info: ModelInfo, path: Path) -> Outputs:
-    import openvino
-
+def _write_openvino(program: Any, info: ModelInfo, path: Path) -> Probabilities:
     # Through ONNX, whose exporter has already computed what does not depend on the image: OpenVINO's own reader of
     # exported programs lacks an operator of vision transformers.
     graph = path.with_name("graph.onnx")
-    _save_onnx(program, info, graph)
-    model = openvino.convert_model(graph)
+    save_onnx(program, info, graph)
+    save_openvino(graph, info, path)
     graph.unlink()
+    return OpenVinoRuntime(path)
+
+
+def save_openvino(graph: Path, info: ModelInfo, path: Path) -> None:
+    """Write an ONNX file as OpenVINO IR in float32 with its metadata."""
+    import openvino
+
+    model = openvino.convert_model(graph)
     model.set_rt_info(info.to_json(), [KEY])
     for key, value in info.model_api().items():
         model.set_rt_info(value, ["model_info", key])
     openvino.save_model(model, path, compress_to_fp16=False)
-    return OpenVinoRuntime(path).outputs
 
 
-def _write_torch(program: Any, info: ModelInfo, path: Path) -> Outputs:
+def _write_torch(program: Any, info: ModelInfo, path: Path) -> Probabilities:
     with _quiet():
         torch.export.save(program, path, extra_files={f"{KEY}.json": info.to_json()})
         loaded = torch.export.load(path).module()  # a file of our own, so nothing foreign is unpickled
 
     @torch.no_grad()
-    def outputs(images: np.ndarray) -> list[np.ndarray]:
-        return [x.numpy() for x in loaded(torch.from_numpy(normalised(images, info)))]
+    def probabilities(images: np.ndarray) -> np.ndarray:
+        return loaded(torch.from_numpy(normalised(images, info)))[1].numpy()
 
-    return outputs
+    return probabilities
 
 
-_WRITERS: dict[str, Callable[[Any, ModelInfo, Path], Outputs]] = {
+_WRITERS: dict[str, Callable[[Any, ModelInfo, Path], Probabilities]] = {
     "onnx": _write_onnx,
     "openvino": _write_openvino,
     "torch": _write_torch,
@@ -184,24 +192,23 @@ _WRITERS: dict[str, Callable[[Any, ModelInfo, Path], Outputs]] = {
 
 @torch.no_grad()
 def _worst_difference(
-    runtime: Outputs, model: MultilabelClassifier, limits: Tensor | None, images: np.ndarray, info: ModelInfo
+    runtime: Probabilities, model: MultilabelClassifier, limits: Tensor | None, images: np.ndarray, info: ModelInfo
 ) -> float:
     """The largest difference to the model as it was trained, neither folded nor exported; NaN if anything is NaN."""
     logits = model.scale * model(model.prepare(torch.from_numpy(images).permute(0, 3, 1, 2))).double()
     if limits is not None:
         logits = fold_thresholds(logits, limits.double().clamp(_FOLDABLE, 1 - _FOLDABLE))
     truth = torch.sigmoid(logits).numpy()
-    alone, together = runtime(images[:1])[1], runtime(images)[1]  # batches of 1 and of all: the size is free
+    alone, together = runtime(images[:1]), runtime(images)  # batches of 1 and of all: the size is free
     return float(max(np.abs(alone - truth[:1]).max(), np.abs(together - truth).max()))
 
 
-def _sample_images(image_size: int) -> np.ndarray:
+def sample_images(image_size: int) -> np.ndarray:
     """Scenes of digits, uint8 ``[16, H, W, 3]``: photographs would do as well, but these are always at hand."""
     from mlfast.data import DigitScenes
-    from mlfast.deploy.images import read_image
 
     scenes = DigitScenes("val", 16, 64).images.permute(0, 2, 3, 1).numpy()
-    return np.stack([np.asarray(read_image(scene, (image_size, image_size))) for scene in scenes])
+    return np.stack([model_input(scene, image_size) for scene in scenes])
 
 
 def _check_format(file_format: str) -> None:
@@ -218,6 +225,12 @@ def _check_format(file_format: str) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Exporters warn about their own insides."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    logger = logging.getLogger("onnxscript")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlfast.data.images import MAX_PIXELS, ImageError, decode, to_rgb
+from mlfast.data.transforms import crop_to
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,6 +43,13 @@ def read_image(image: Any, size: tuple[int, int] | None = None, max_pixels: int 
     if not isinstance(image, pillow.Image):
         raise TypeError(f"expected a path, a PIL image or a numpy array, got {type(image).__name__}")
     return to_rgb(image, size, max_pixels)
+
+
+def model_input(image: Any, size: int, resize: str = "squash", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """An image as a model takes it, uint8 ``[size, size, 3]``; see `read_image` and `ModelInfo.resize`."""
+    if resize == "crop":
+        return np.array(crop_to(read_image(image, None, max_pixels), size))
+    return np.array(read_image(image, (size, size), max_pixels))
 
 
 def _read_file(path: str | os.PathLike[str]) -> bytes:

@@ -14,7 +14,12 @@ from mlfast.models.checkpoint import CheckpointError
 
 KEY = "mlfast"
 FORMAT = 1
-RESIZE = "stretch to image_size x image_size, bilinear with antialiasing; RGB"
+# How an image becomes a square, as training had it, and how a reader of a file's metadata is told.
+RESIZES = {
+    "squash": "stretch to image_size x image_size, bilinear with antialiasing; RGB",
+    "crop": "cut the largest square out of the middle, then image_size x image_size, bilinear with antialiasing; RGB",
+}
+_MODEL_API_RESIZES = {"squash": "standard", "crop": "crop"}
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class ModelInfo:
     Attributes:
         classes: K names.
         thresholds: K probabilities; a label is predicted where its probability is at least this.
-        image_size: height and width of the input, to which an image is stretched.
+        image_size: height and width of the input.
+        resize: ``"squash"`` stretches an image to that; ``"crop"`` cuts the largest square out of its middle first.
         mean, std: of each channel (RGB) of images in [0, 1]: the input is ``(image / 255 - mean) / std``.
     """
 
@@ -33,6 +39,7 @@ class ModelInfo:
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: str = "squash"
 
     def __post_init__(self) -> None:
         numbers = (*self.thresholds, *self.mean, *self.std)
@@ -45,6 +52,7 @@ class ModelInfo:
             and all(x > 0 for x in self.std)
             and isinstance(self.image_size, int)
             and self.image_size > 0
+            and self.resize in RESIZES
         ):
             raise CheckpointError(f"the description of the model contradicts itself: {self}")
 
@@ -55,11 +63,6 @@ class ModelInfo:
         Raises:
             CheckpointError: something is missing or of the wrong kind.
         """
-        if values.get("resize") == "crop":
-            raise CheckpointError(
-                "the model was trained with resize: crop, and here images are squashed to a square: not written yet; "
-                "train with resize: squash or call the model itself"
-            )
         try:
             limits = values.get("thresholds", [0.5] * len(values["classes"])) if thresholds is None else thresholds
             return cls(
@@ -68,6 +71,7 @@ class ModelInfo:
                 image_size=values["image_size"],
                 mean=tuple(values["mean"]),
                 std=tuple(values["std"]),
+                resize=values.get("resize", "squash"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the description of the model is incomplete: {error}") from error
@@ -91,7 +95,7 @@ class ModelInfo:
 
     def to_json(self) -> str:
         """One line that `from_json` reads."""
-        return json.dumps({"format": FORMAT, **asdict(self), "resize": RESIZE})
+        return json.dumps({"format": FORMAT, **asdict(self), "preprocessing": RESIZES[self.resize]})
 
     def with_threshold(self, value: float) -> ModelInfo:
         """The same with one threshold for all classes."""
@@ -112,5 +116,5 @@ class ModelInfo:
             "mean_values": " ".join(f"{255 * x:.8g}" for x in self.mean),
             "scale_values": " ".join(f"{255 * x:.8g}" for x in self.std),
             "reverse_input_channels": "False",
-            "resize_type": "standard",
+            "resize_type": _MODEL_API_RESIZES[self.resize],
         }

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from mlfast.data.images import MAX_PIXELS, ImageError
-from mlfast.deploy.images import read_image
-from mlfast.deploy.runtimes import open_model
+from mlfast.deploy.images import model_input
+from mlfast.deploy.runtimes import TorchRuntime, open_model
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,30 @@ class Predictor:
             while waiting:
                 yield from self._predict([job.result() for job in waiting.popleft()])
 
+    @property
+    def shows_attention(self) -> bool:
+        """Whether `attention` can tell: of a model folder with an ML-Decoder. Exported files hold no attention."""
+        return isinstance(self.model, TorchRuntime) and self.model.shows_attention
+
+    def attention(self, image: Any) -> np.ndarray:
+        """Where the ML-Decoder looks for each label in an image: ``[K, h, w]`` float32, the mean over its heads.
+
+        The map lies over the image as the model sees it: all of it, or with ``resize: crop`` the largest square in the
+        middle. Labels that share a query (where there are more than 100) share a map.
+
+        Raises:
+            ValueError: the model is an exported file, or its head is no ML-Decoder.
+            ImageError, TypeError: as a call.
+        """
+        if not isinstance(self.model, TorchRuntime):
+            raise ValueError("attention: exported files hold none; open the model folder that they were made from")
+        return self.model.attention(model_input(image, self.info.image_size, self.info.resize, self.max_pixels)[None])[
+            0
+        ]
+
     def _read(self, number: int, image: Any) -> np.ndarray | ImageError:
         try:
-            return np.array(read_image(image, (self.info.image_size,) * 2, self.max_pixels))
+            return model_input(image, self.info.image_size, self.info.resize, self.max_pixels)
         except ImageError as error:
             name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"images[{number}]"
             return ImageError(f"{name}: {error}")

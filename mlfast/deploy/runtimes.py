@@ -16,6 +16,7 @@ import torch
 from mlfast.deploy.model_info import KEY, ModelInfo
 from mlfast.deploy.thresholds import read_thresholds
 from mlfast.models.checkpoint import CheckpointError, load_model
+from mlfast.nn.ml_decoder import FoldedMLDecoder
 
 OUTPUTS = ("logits", "probabilities")  # Model API reads the first and applies a sigmoid itself
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar", ".bin")
@@ -88,6 +89,17 @@ class TorchRuntime:
         batch = torch.from_numpy(images).to(self.model.mean.device).permute(0, 3, 1, 2)
         return self.model.probabilities(self.model(self.model.prepare(batch))).float().cpu().numpy()
 
+    @property
+    def shows_attention(self) -> bool:
+        """Whether the head is an ML-Decoder."""
+        return isinstance(self.model.classifier, FoldedMLDecoder)
+
+    @torch.inference_mode()
+    def attention(self, images: np.ndarray) -> np.ndarray:
+        """Where an ML-Decoder looks in uint8 images ``[B, H, W, 3]``: ``[B, K, h, w]``, float32."""
+        batch = torch.from_numpy(images).to(self.model.mean.device).permute(0, 3, 1, 2)
+        return self.model.attention(self.model.prepare(batch)).float().cpu().numpy()
+
 
 class OnnxRuntime:
     """An exported file in ONNX Runtime, on the CPU."""
@@ -105,19 +117,22 @@ class OnnxRuntime:
             raise CheckpointError(f"{path} is not a readable ONNX model: {error}") from error
         self.info = ModelInfo.from_json(self._session.get_modelmeta().custom_metadata_map.get(KEY), str(path))
 
-    def outputs(self, images: np.ndarray) -> list[np.ndarray]:
-        """Logits and probabilities ``[B, K]`` of uint8 images ``[B, H, W, 3]``."""
-        return self._session.run(list(OUTPUTS), {"images": normalised(images, self.info)})
+    def run(self, inputs: np.ndarray) -> list[np.ndarray]:
+        """Logits and probabilities ``[B, K]`` of normalised images ``[B, 3, H, W]``."""
+        return self._session.run(list(OUTPUTS), {"images": inputs})
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """See `Runtime`."""
-        return self.outputs(images)[1]
+        return self.run(normalised(images, self.info))[1]
 
 
 class OpenVinoRuntime:
-    """An exported file in OpenVINO, on the CPU, in float32 even where the processor has bfloat16."""
+    """An exported file in OpenVINO, on the CPU.
 
-    def __init__(self, path: Path) -> None:
+    In float32 even where the processor has bfloat16, unless ``precision`` is ``"bf16"``.
+    """
+
+    def __init__(self, path: Path, precision: str = "f32") -> None:
         try:
             import openvino
         except ModuleNotFoundError as error:
@@ -129,23 +144,23 @@ class OpenVinoRuntime:
             model = core.read_model(path)
             has_info = model.has_rt_info([KEY])
             text = model.get_rt_info([KEY]).astype(str) if has_info else None
-            self._compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            self._compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
         except Exception as error:  # its errors have no class of their own
             raise CheckpointError(f"{path} is not a readable OpenVINO model: {error}") from error
         self.info = ModelInfo.from_json(text, str(path))
         self._own = threading.local()  # an infer request serves one thread at a time
 
-    def outputs(self, images: np.ndarray) -> list[np.ndarray]:
-        """Logits and probabilities ``[B, K]`` of uint8 images ``[B, H, W, 3]``."""
+    def run(self, inputs: np.ndarray) -> list[np.ndarray]:
+        """Logits and probabilities ``[B, K]`` of normalised images ``[B, 3, H, W]``."""
         request: Any = getattr(self._own, "request", None)
         if request is None:
             request = self._own.request = self._compiled.create_infer_request()
-        found = request.infer({"images": normalised(images, self.info)})
+        found = request.infer({"images": inputs})
         return [found[name].copy() for name in OUTPUTS]
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """See `Runtime`."""
-        return self.outputs(images)[1]
+        return self.run(normalised(images, self.info))[1]
 
 
 def normalised(images: np.ndarray, info: ModelInfo) -> np.ndarray:

@@ -42,7 +42,9 @@ def read_thresholds(folder: Path, classes: list[str]) -> np.ndarray | None:
     return values
 
 
-def write_thresholds(folder: Path, classes: list[str], tuned: Thresholds, values: np.ndarray, source: str) -> Path:
+def write_thresholds(
+    folder: Path, classes: list[str], tuned: Thresholds, values: np.ndarray, source: str, aim: str = "F1"
+) -> Path:
     """Write thresholds ``[K]`` beside the weights that they belong to, atomically.
 
     Args:
@@ -51,13 +53,14 @@ def write_thresholds(folder: Path, classes: list[str], tuned: Thresholds, values
         tuned: what they rest on.
         values: as they are used, see `rounded_down`.
         source: the images that they were chosen on, in words.
+        aim: what was maximised there, in words; what was reached of it is stored with each class.
     """
     doubt = {**dict.fromkeys(tuned.defaulted, "default"), **dict.fromkeys(tuned.unreliable, "few positives")}
     entries = [
         {
             "name": name,
             "threshold": float(values[k]),
-            "f1": None if math.isnan(tuned.reached[k]) else round(float(tuned.reached[k]), 4),
+            "reached": None if math.isnan(tuned.reached[k]) else round(float(tuned.reached[k]), 4),
             "positives": int(tuned.positives[k]),
             **({"doubt": doubt[k]} if k in doubt else {}),
         }
@@ -66,6 +69,7 @@ def write_thresholds(folder: Path, classes: list[str], tuned: Thresholds, values
     stored = {
         "format": _FORMAT,
         "chosen_on": source,
+        "chosen_for": aim,
         "weights_sha256": _sha256(folder / "model.safetensors"),
         "classes": entries,
     }

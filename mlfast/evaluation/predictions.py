@@ -72,6 +72,13 @@ class Predictions:
             whole.num_images += images
         return whole
 
+    def positives(self) -> np.ndarray:
+        """The images that have each class, ``[K]`` int64."""
+        if not self.known_only:
+            return (self._matrices()[1] > 0).sum(0).numpy()
+        _, label, _, positive = self._tensors()
+        return torch.bincount(label[positive], minlength=self.num_classes).numpy()
+
     def metrics(self, threshold: float | ArrayLike = 0.5, **options: Any) -> MultilabelMetrics:
         """`multilabel_metrics` of everything; ``options`` are its keyword arguments."""
         if not self.known_only:

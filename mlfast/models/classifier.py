@@ -13,7 +13,7 @@ from mlfast.models.backbone import create_backbone, extract_features, probe_feat
 from mlfast.models.heads import HEADS, create_head
 from mlfast.models.label_graph import LabelCounts, LabelGraph
 from mlfast.models.label_inputs import create_branch, create_label_inputs
-from mlfast.nn.ml_decoder import MLDecoder
+from mlfast.nn.ml_decoder import FoldedMLDecoder, MLDecoder
 from mlfast.nn.ml_gcn import MLGCN
 from mlfast.ops.reweight_pool import reweight_pool
 
@@ -80,13 +80,38 @@ class MultilabelClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images ``[B, 3, H, W]`` to cosines (or logits) ``[B, K]``."""
+        return self.classifier(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the classifier takes of normalised images ``[B, 3, H, W]``: weighted by the graph branch, and pooled."""
         features = extract_features(self.backbone, images)
         if self.graph_branch is not None:
             weight = self.graph_branch.weight()
             features = reweight_pool(features, weight) if self.pooled else _reweight(features, weight)
         elif self.pooled:
             features = features.mean(dim=(2, 3))
-        return self.classifier(features)
+        return features
+
+    def attention(self, images: Tensor) -> Tensor:
+        """Where an ML-Decoder looks for each label: ``[B, K, h, w]`` over the positions of the feature map.
+
+        The mean over the heads of its attention; ``h * w`` values sum to 1, or to less for a transformer, whose class
+        token and registers are left out. Labels of one query have the same map: `mlfast.MLDecoder` says which.
+
+        Raises:
+            ValueError: the head is no ML-Decoder, or its tokens are no grid.
+        """
+        if not isinstance(self.classifier, (MLDecoder, FoldedMLDecoder)):
+            raise ValueError(f"attention is that of an ML-Decoder, but the head is {type(self.classifier).__name__}")
+        features = self.features(images)
+        found = self.classifier.attention(features)
+        if features.dim() == 4:
+            return found.unflatten(2, features.shape[2:])
+        found = found[:, :, getattr(self.backbone, "num_prefix_tokens", 0) :]
+        grid = getattr(getattr(self.backbone, "patch_embed", None), "grid_size", None)
+        if grid is None or grid[0] * grid[1] != found.shape[2]:
+            raise ValueError(f"the {found.shape[2]} tokens of this backbone are no grid of known height and width")
+        return found.unflatten(2, tuple(grid))
 
     def probabilities(self, output: Tensor) -> Tensor:
         """Map what the model returned to probabilities: ``sigmoid(scale * output)``, same shape, at least float32."""

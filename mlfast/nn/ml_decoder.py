@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlfast.nn.attention import attend, input_projection, output_projection
+from mlfast.nn.attention import attend, attention_weights, input_projection, output_projection
 from mlfast.nn.cosine_linear import CosineLinear
 from mlfast.nn.group_linear import GroupLinear
 
@@ -110,6 +110,14 @@ class MLDecoder(nn.Module):
         memory = self.embed(features)
         return self.projection(self.layer(*self.query_side(memory.shape[0]), memory))
 
+    def attention(self, features: Tensor) -> Tensor:
+        """Where the query of each class looks: ``[B, K, N]`` over the N positions or tokens, mean over heads.
+
+        Rows sum to 1. The classes of a group share a query, and so a row.
+        """
+        memory = self.embed(features)
+        return _attention_of_classes(self.layer, self.query_side(memory.shape[0])[1], memory, self.projection)
+
     def query_side(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """What does not depend on the image: queries after ``norm1``, and projected for the attention.
 
@@ -164,6 +172,10 @@ class FoldedMLDecoder(nn.Module):
         """Map features ``[B, S, h, w]`` or ``[B, N, S]`` to cosines or logits ``[B, K]``."""
         return self.projection(self.layer(self.target, self.query, self.embed(features)))
 
+    def attention(self, features: Tensor) -> Tensor:
+        """As `MLDecoder.attention`."""
+        return _attention_of_classes(self.layer, self.query, self.embed(features), self.projection)
+
 
 class TokenEmbedding(nn.Linear):
     """Features ``[B, S, h, w]`` or ``[B, N, S]`` to tokens ``[B, N, D]``: a linear layer and a (leaky) ReLU."""
@@ -207,6 +219,11 @@ class CrossAttentionLayer(nn.Module):
         inner = self._drop(F.relu(self.linear1(target)))
         return self.norm3(target + self._drop(self.linear2(inner)))
 
+    def attention(self, query: Tensor, memory: Tensor) -> Tensor:
+        """How much each query takes from each token, ``[B, L, N]``."""
+        key, _ = self.memory_projection(memory).chunk(2, dim=2)
+        return attention_weights(query, key, num_heads=self.num_heads)
+
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
@@ -223,6 +240,14 @@ class SharedProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map queries to outputs."""
         return self.linear(x).squeeze(2)
+
+
+def _attention_of_classes(layer: CrossAttentionLayer, query: Tensor, memory: Tensor, projection: nn.Module) -> Tensor:
+    rows = layer.attention(query, memory)
+    if not isinstance(projection, GroupLinear):
+        return rows  # one query for each class
+    classes_of_a_query = projection.weight.shape[2]
+    return rows.repeat_interleave(classes_of_a_query, dim=1)[:, : projection.num_classes]
 
 
 def _check_sizes(in_features: int, num_classes: int, num_groups: int | None, embed_dim: int, num_heads: int) -> None:

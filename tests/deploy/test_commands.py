@@ -61,20 +61,24 @@ def test_predict_nothing_readable_is_valid_json(pictures, model_folder, capsys):
 
 def test_evaluate_tunes_and_says_on_what(tmp_path, model_folder, capsys):
     folder = shutil.copytree(model_folder[0], tmp_path / "best")
-    assert cli.main(["evaluate", str(folder), "--images", "40"]) == 0
+    arguments = ["evaluate", str(folder), "--data", "digits", "--images", "40"]
+    assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "\n0.5 " in out and "adaptive" not in out and "--tune SPLIT chooses thresholds" in out
-    assert cli.main(["evaluate", str(folder), "--images", "40", "--tune", "train"]) == 0
+    assert "\n0.5 " in out and "adaptive" not in out and "--tune SPLIT chooses others" in out
+    assert cli.main([*arguments, "--tune", "train"]) == 0
     out = capsys.readouterr().out
-    assert f"thresholds chosen on digits/train, 40 images: {folder}/thresholds.json" in out
+    assert f"thresholds chosen on digits/train, 40 images, for F1: {folder}/thresholds.json" in out
     assert "doubtful: " in out and "fewer than 10 positives for" in out
     first, second = (line for line in out.splitlines() if line.startswith(("0.5 ", "adaptive ")))
     assert first.split()[1] == second.split()[1] and first != second  # the same mAP
     assert "These are the images" not in out
     (folder / "thresholds.json").write_text("stale or broken")  # tuning again is the remedy, so it must work
-    assert cli.main(["evaluate", str(folder), "--images", "40", "--tune", "val"]) == 0
+    assert cli.main([*arguments, "--tune", "val"]) == 0
     assert "These are the images that the thresholds were chosen on" in capsys.readouterr().out
     assert (Predictor(folder).thresholds != 0.5).sum() > 20
+    assert cli.main([*arguments, "--tune", "val", "--shared", "--beta", "2"]) == 0
+    assert "for F2, one threshold for all classes" in capsys.readouterr().out
+    assert len(set(Predictor(folder).thresholds)) == 1
 
 
 def test_export(tuned_folder, tmp_path, capsys):
@@ -91,7 +95,16 @@ def test_export(tuned_folder, tmp_path, capsys):
         (["predict", "MODEL", "IMAGE", "--threshold", "2"], "threshold: got 2.0"),
         (["predict", "absent", "IMAGE"], "absent does not exist"),
         (["predict", "model.pt", "IMAGE"], "refused"),
-        (["evaluate", "IMAGE"], "is not a model"),
+        (["evaluate", "IMAGE", "--data", "digits"], "is not a model"),
+        (["evaluate", "MODEL"], "lies in no run of mlfast train"),
+        (["evaluate", "MODEL", "--data", "csv"], "csv needs the folder of the data set"),
+        (["evaluate", "MODEL", "--data", "cvs"], "--data: got 'cvs', expected one of"),
+        (["evaluate", "MODEL", "--data", "digits", "--data_root", "."], "the digits are built in"),
+        (["evaluate", "MODEL", "--data", "csv", "--data_args", "3"], "expected a mapping such as"),
+        (["evaluate", "MODEL", "--data", "digits", "--split", "test"], "split: got 'test'"),
+        (["evaluate", "MODEL", "--data", "digits", "--beta", "2"], "say how --tune SPLIT chooses"),
+        (["export", "MODEL", "--int8"], "--int8 is for --format openvino"),
+        (["bench", "--deployed", "MODEL", "--runtimes", "tensorrt"], "--runtimes: got 'tensorrt'"),
         (["evaluate", "IMAGE", "--tune", "val"], "is not a model folder"),
         (["export", "absent"], "no readable model in absent"),
         (["export", "MODEL", "--output", "x.xml"], "ends in .onnx"),

@@ -62,9 +62,9 @@ def test_thresholds_file(tmp_path, model_folder, scenes):
     write_thresholds(folder, scenes.classes, tuned, tuned.values, "48 images")
     np.testing.assert_array_equal(read_thresholds(folder, scenes.classes), tuned.values)
     stored = json.loads((folder / NAME).read_text())
-    assert stored["chosen_on"] == "48 images"
+    assert (stored["chosen_on"], stored["chosen_for"]) == ("48 images", "F1")
     missing = stored["classes"][3]
-    assert missing == {"name": "red 3", "threshold": 0.5, "f1": None, "positives": 0, "doubt": "default"}
+    assert missing == {"name": "red 3", "threshold": 0.5, "reached": None, "positives": 0, "doubt": "default"}
     few = [k for k, entry in enumerate(stored["classes"]) if entry.get("doubt") == "few positives"]
     assert few == tuned.unreliable and len(few) > 0
     assert {path.name for path in folder.iterdir()} == {NAME, "config.json", "model.safetensors"}

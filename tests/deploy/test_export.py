@@ -126,7 +126,7 @@ def test_torch_program(tuned_folder, tmp_path, arrays):
 def test_a_runtime_that_differs_is_refused_and_leaves_nothing(tuned_folder, tmp_path, monkeypatch):
     def broken(program, info, path):
         path.write_bytes(b"written")
-        return lambda images: [np.full((len(images), 40), value, np.float32) for value in (0, 0.5)]
+        return lambda images: np.full((len(images), 40), 0.5, np.float32)
 
     monkeypatch.setitem(module._WRITERS, "torch", broken)
     (tmp_path / "model.pt2").write_bytes(b"old")
@@ -137,7 +137,7 @@ def test_a_runtime_that_differs_is_refused_and_leaves_nothing(tuned_folder, tmp_
 
 def test_nan_is_refused(tuned_folder, tmp_path, monkeypatch):
     def broken(program, info, path):
-        return lambda images: [np.full((len(images), 40), np.nan, np.float32)] * 2
+        return lambda images: np.full((len(images), 40), np.nan, np.float32)
 
     monkeypatch.setitem(module._WRITERS, "torch", broken)
     with pytest.raises(ValueError, match="by up to nan"):

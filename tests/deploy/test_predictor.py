@@ -137,7 +137,7 @@ def test_what_is_no_model(tmp_path, name, content, message):
         ({"classes": [1]}, "classes must be names"),
         ({"scale": "x"}, "scale is 'x', expected float or int"),
         ({"mean": [1]}, "contradicts itself"),
-        ({"resize": "crop"}, "trained with resize: crop"),
+        ({"resize": "letterbox"}, "contradicts itself"),
         ({"std": [0, 1, 1]}, "contradicts itself"),
     ],
 )
@@ -147,6 +147,17 @@ def test_a_damaged_description(tmp_path, model_folder, change, message):
     (folder / "config.json").write_text(json.dumps(description | change if change else change))
     with pytest.raises(CheckpointError, match=message):
         Predictor(folder)
+
+
+def test_a_model_of_crops_gets_the_middle_of_an_image(tmp_path, model_folder, arrays):
+    folder = shutil.copytree(model_folder[0], tmp_path / "best")
+    description = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(description | {"resize": "crop"}))
+    wide = np.concatenate([np.zeros((32, 20, 3), np.uint8), arrays[0], np.full((32, 20, 3), 255, np.uint8)], 1)
+    found = Predictor(folder)([wide, wide.transpose(1, 0, 2)])
+    np.testing.assert_allclose(found[0].probabilities, model_folder[2][0], atol=1e-6)
+    turned = Predictor(model_folder[0])(np.ascontiguousarray(arrays[0].transpose(1, 0, 2)))
+    np.testing.assert_allclose(found[1].probabilities, turned.probabilities, atol=1e-6)
 
 
 def test_thresholds_of_other_weights_are_refused(tmp_path, tuned_folder):

@@ -1,0 +1,91 @@
+"""The labelled images of a split, as a model takes them: any kind of data that `mlfast.data` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from mlfast.data.dataset import ImageDataset
+from mlfast.data.digits import DigitScenes
+from mlfast.data.loading import load_annotations, options_of, reader
+from mlfast.data.transforms import ImageTransform
+from mlfast.deploy.model_info import ModelInfo
+
+
+class LabelledImages(Protocol):
+    """A data set: item i is an image, uint8 ``[3, H, W]`` of the model's size, and a target, int8 ``[K]``."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The names of the K classes."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """Image and target, as tensors."""
+
+
+def read_split(
+    kind: str, root: str | None, split: str, info: ModelInfo, *, images: int | None = None, **options: Any
+) -> LabelledImages:
+    """The images of a split at the size of the model, without augmentation.
+
+    Args:
+        kind: of the data, one of `mlfast.data.KINDS`.
+        root: the folder of the data set; None for the digits.
+        split: such as "val"; "train+test" joins two.
+        info: of the model. Its classes are those that are read, in its order, unless ``options`` has ``classes``.
+        images: the first so many only; None for all.
+        options: of the kind's reader, see docs/data.md.
+
+    Raises:
+        ValueError: the labels cannot be read, or an option does not exist.
+    """
+    if kind == "digits":
+        if root is not None or options:
+            raise ValueError("the digits are built in: they take no folder and no options")
+        return DigitScenes(split, images, info.image_size)
+    if "classes" in options_of(reader(kind)):
+        options = {"classes": list(info.classes)} | options
+    annotations = load_annotations(kind, root, split, **options)
+    if images is not None:
+        annotations = annotations.subset(np.arange(min(images, len(annotations))))
+    if info.resize == "crop":
+        return ImageDataset(annotations, transform=ImageTransform(info.image_size))
+    return ImageDataset(annotations, info.image_size)
+
+
+def mostly_unknown(images: LabelledImages) -> bool:
+    """Whether only some labels of an image are known, as in Open Images."""
+    return isinstance(images, ImageDataset) and images.annotations.rest == "unknown"
+
+
+def broken_images(images: LabelledImages) -> list[str]:
+    """The files that could not be read so far; their targets are unknown, so they count nowhere."""
+    return images.broken() if isinstance(images, ImageDataset) else []
+
+
+def batches(images: LabelledImages, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """uint8 images ``[B, H, W, 3]`` and targets ``[B, K]``, in order; threads read one batch ahead."""
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        starts = range(0, len(images), batch_size)
+        waiting: list[Any] = []
+        for first in starts:
+            # Lists, not the iterator of pool.map: all of a batch is under way before the one before it is given out.
+            waiting.append(
+                [pool.submit(images.__getitem__, row) for row in range(first, min(first + batch_size, len(images)))]
+            )
+            if len(waiting) > 1:
+                yield _stacked([job.result() for job in waiting.pop(0)])
+        for jobs in waiting:
+            yield _stacked([job.result() for job in jobs])
+
+
+def _stacked(items: list[tuple[Any, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    pixels = np.stack([image.numpy().transpose(1, 2, 0) for image, _ in items])
+    return pixels, np.stack([target.numpy() for _, target in items])

@@ -182,7 +182,12 @@ class TrainConfig:
         """All settings as plain values, ready for YAML."""
         return asdict(self)
 
+    def binding(self) -> dict[str, Any]:
+        """The settings that a run must go on with; where it lies and runs, and what it writes beside, may change."""
+        return {name: value for name, value in self.to_dict().items() if name not in _FREE}
 
+
+_FREE = ("device", "name", "pretrained", "report", "runs_dir", "tensorboard", "workers")
 _FIELDS: dict[str, Field[Any]] = {item.name: item for item in fields(TrainConfig)}
 _TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from mlfast.training.history import Record
     from mlfast.training.trainer import Trainer
 
-_FREE = ("device", "name", "pretrained", "report", "runs_dir", "tensorboard", "workers")  # of a run that goes on
 _PACKAGES = ("timm", "torchvision", "safetensors", "tqdm", "yaml", "matplotlib", "sklearn")
 
 
@@ -89,7 +88,7 @@ def _continue(config: TrainConfig, run_dir: Path, processes: Processes, quiet: b
     from mlfast.training.checkpoint import load_state
 
     state = load_state(run_dir / "state.pt")
-    _check_same_settings(config, state.get("config", config.to_dict()), f"{run_dir / 'state.pt'}")
+    _check_same_settings(config, state.get("config", {}), f"{run_dir / 'state.pt'}")
     # The state replaces all weights, so there is nothing to download again.
     with _reproducible(config):
         return _run(create_trainer(replace(config, pretrained=False), run_dir, processes, quiet, state))
@@ -104,11 +103,11 @@ def _saved_settings(run_dir: Path) -> dict[str, Any]:
 
 
 def _check_same_settings(config: TrainConfig, saved: dict[str, Any], where: str) -> None:
-    """Refuse to go on with what other settings began; those that do not change the result may differ."""
+    """Refuse to go on with what other settings began."""
     problems = [
         f"{name}: got {value!r}, expected {saved[name]!r} as in {where}"
-        for name, value in config.to_dict().items()
-        if name in saved and saved[name] != value and name not in _FREE
+        for name, value in config.binding().items()
+        if name in saved and saved[name] != value
     ]
     if problems:
         raise ConfigError(problems)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from mlfast.training.batch_norm import uncounted_batches
 from mlfast.training.config import TrainConfig
 from mlfast.training.distributed import ONE_PROCESS, Processes, without_averaging
 from mlfast.training.sam import SAM, frozen_batch_norm_statistics
@@ -82,7 +83,7 @@ class Step:
         size = self.config.micro_batch or len(images)
         parts = list(zip(images.split(size), targets.split(size), strict=True))
         losses = []
-        recomputing = frozen_batch_norm_statistics if self.config.grad_checkpointing else contextlib.nullcontext
+        recomputing = uncounted_batches if self.config.grad_checkpointing else contextlib.nullcontext
         for number, (some_images, some_targets) in enumerate(parts, 1):
             alone = number < len(parts) or not average
             with without_averaging(self.model) if alone else contextlib.nullcontext():

@@ -250,7 +250,7 @@ class Trainer:
         cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         own = {"rng": {"cpu": torch.get_rng_state(), "cuda": cuda}, "loss_sum": self.loss_sum.cpu()}
         state = {
-            "config": self.config.to_dict(),
+            "config": self.config.binding(),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),

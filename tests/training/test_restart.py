@@ -30,16 +30,6 @@ def processes():
     return context
 
 
-@pytest.fixture
-def one_thread():
-    """As many as the killed processes have: another number rounds otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_killed_at_ten_moments_the_run_ends_as_if_it_had_not_been(tiny, processes):
     settings = {"epochs": 12, "sam_rho": 0.05}
     whole, config = fit(tiny(name="whole", **settings), quiet=True), tiny(name="parts", **settings)

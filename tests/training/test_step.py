@@ -146,7 +146,7 @@ def test_steps_in_half_precision_go_the_way_of_the_others(precision, sam_rho):
         _, norm = step(images, (TARGETS[:6] > 0).to(torch.int8))
         assert norm > 0.5  # so it was clipped
         moves.append(torch.cat([weight.detach().flatten() for weight in step.weights]) - before)
-    assert torch.cosine_similarity(*moves, dim=0) > 0.98
+    assert torch.cosine_similarity(*moves, dim=0) > 0.9
     assert moves[0].norm() == pytest.approx(moves[1].norm().item(), rel=0.02)
 
 

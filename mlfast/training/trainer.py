@@ -157,7 +157,8 @@ class Trainer:
         self.recent.add(self.step, loss, norm, batch.rows)
         if self.take_step.skipped > self.config.skip_bad_steps > 0:
             raise self._diverged("gradient", f"NaN or infinite {self.take_step.skipped} times")
-        self.schedule.step()
+        if self.schedule.last_epoch + 1 < self.total_steps:  # beyond its end OneCycle rises again
+            self.schedule.step()
         if self.ema:
             self.ema.update()
         self.loss_sum += loss if not self.config.skip_bad_steps else loss.nan_to_num(0, 0, 0)

@@ -119,6 +119,7 @@ def test_the_table_replaces_an_older_one_and_keeps_the_page(tmp_path):
 
 def test_the_command_says_what_is_missing(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mlfast.training.ablation_page.draw_loss_curves", lambda path: None)
     assert cli.main(["ablate", "--seeds", "1", "--images", "100"]) == 0
     assert re.search(r"loss=aam gamma_neg=1.0 lr=0.5 seed=0: mAP 39.5", capsys.readouterr().out)
     page = (tmp_path / "ablation/ablation.md").read_text()

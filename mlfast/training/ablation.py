@@ -6,6 +6,7 @@ Table 7's ladder, a comparison of the losses, and the sweeps of Figures 3 and 4 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -133,21 +134,25 @@ class Ablation:
         self.end = time.monotonic() + 60 * minutes
 
     def run(self) -> Results:
-        """Search for the rates, then train every row with every seed; stops early when the time is over."""
+        """Search for the rates, then train every row with every seed; only what is finished when the time is over."""
         rows = {(table, name): Row(table, name) for table, names in TABLES.items() for name in names}
-        rates: dict[Key, dict[float, float]] = {}
-        try:
-            for key in FIRST_RATES:
-                rates[key] = {}
-                for rate, score in self._search(key):
-                    rates[key][rate] = score
-            for table, name, seed in self._order():
-                row, settings = rows[table, name], TABLES[table][name]
+        rates: dict[Key, dict[float, float]] = {key: {} for key in FIRST_RATES}
+        complete = True
+        found = set()
+        for key in FIRST_RATES:
+            with contextlib.suppress(_OutOfTime):
+                rates[key].update(self._search(key))
+                found.add(key)
+        for table, name, seed in self._order():
+            row, settings = rows[table, name], TABLES[table][name]
+            try:
+                if _key(settings) not in found:
+                    raise _OutOfTime
                 row.lr = _best(rates[_key(settings)])
                 row.scores.append(self._score(settings | {"lr": row.lr, "seed": seed}, "mAP"))
-        except _OutOfTime:
-            return Results(list(rows.values()), rates, complete=False)
-        return Results(list(rows.values()), rates, complete=True)
+            except _OutOfTime:
+                complete = False
+        return Results(list(rows.values()), rates, complete)
 
     def _order(self) -> Iterator[tuple[str, str, int]]:
         for part in _PARTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,9 @@ def _sweeps(rows: list[Row]) -> Any:
         axes.plot([row.mean for row in chosen], color=BLUE)
         for place, row in enumerate(chosen):
             axes.plot([place] * len(row.scores), row.scores, "o", color=ORANGE, markersize=4)
-        names = [row.name.replace("gamma_neg = ", "").replace("gamma_pos = ", "") for row in chosen]
+        names = [re.sub(r"\w+ = ", "", row.name) for row in chosen]
         axes.set_xticks(range(len(names)), names)
-        axes.set(title={"gammas": "gamma_neg, gamma_pos"}.get(table, table))
+        axes.set(title={"scale": "s", "margin": "m", "gammas": "gamma_neg, gamma_pos"}[table])
         tidy(axes)
     figure.axes[0].set_ylabel("mAP, %; dots: each seed")
     return figure

@@ -32,10 +32,13 @@ if _TYPE_CHECKING:
     from mlfast.deploy import Predictor
     from mlfast.models.weights import load_checkpoint
     from mlfast.nn.accelerate import accelerate
+    from mlfast.training import TrainConfig, fit
 
 _LAZY = {
     "Predictor": "mlfast.deploy",
+    "TrainConfig": "mlfast.training",
     "accelerate": "mlfast.nn.accelerate",
+    "fit": "mlfast.training",
     "load_checkpoint": "mlfast.models.weights",
 }
 
@@ -64,10 +67,12 @@ __all__ = [
     "Query2Label",
     "ReweightPool",
     "SparseTargets",
+    "TrainConfig",
     "__version__",
     "accelerate",
     "backends",
     "create_model",
+    "fit",
     "functional",
     "load_checkpoint",
     "use_backend",

@@ -113,6 +113,11 @@ def test_options_go_over_the_file(config, capsys):
         cli.main(["train", config, "--epochs", "7", "--backbone_args", "{x: [8]}", "--name", "2024", "--print_config"])
     assert stopped.value.code == 0
     out = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(
+            ["train", config, "--set", "epochs=7", "backbone_args={x: [8]}", "--set", "name=2024", "--print_config"]
+        )
+    assert capsys.readouterr().out == out
     assert "epochs: 7\n" in out and "train_images: 64\n" in out and "lr: 0.1\n" in out and "name: '2024'\n" in out
     assert "resume" not in out
 
@@ -132,7 +137,7 @@ def test_train_from_a_file(config, capsys, tmp_path):
         (["--lr", "x", "--epochs", "0"], "epochs: got 0, expected at least 1"),
         (["--batch-size", "3"], "batch-size: there is no such setting; did you mean batch_size?"),
         (["wrong.yaml"], "bach_size: there is no such setting; did you mean batch_size?"),
-        (["absent.yaml"], "File does not exist"),
+        (["absent.yaml"], "absent.yaml: there is no such file, nor a recipe of that name"),
         (["--backbone", "resnet51"], "unknown backbone 'resnet51'; did you mean"),
         (["--backbone", "test_vit"], "choose a convolutional backbone"),
         (["--backbone_args", "{x: 1}", "--backbone", "test_resnet"], "does not take these arguments ['x']"),
@@ -151,6 +156,23 @@ def test_wrong_use_is_one_clear_message_and_status_2(config, capsys, arguments, 
     assert message in captured.err and captured.err.startswith("mlfast train: ")
     assert "Traceback" not in captured.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_unknown_keys_of_file_and_options_come_with_all_other_problems(config, capsys, tmp_path):
+    (tmp_path / "wrong.yaml").write_text("bach_size: 3\nepoch: 2\nlr: x\nmargin: 0.2\nloss: bce\n")
+    arguments = ["wrong.yaml", "--momentumm", "0.8", "--verbose", "--set", "k=2", "seeed=1", "--print_config"]
+    assert cli.main(["train", *arguments]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "mlfast train: 8 problems in the configuration:",
+        "  momentumm: there is no such setting; did you mean momentum?",
+        "  verbose: there is no such setting",
+        "  seeed: there is no such setting; did you mean seed?",
+        "  bach_size: there is no such setting; did you mean batch_size?",
+        "  epoch: there is no such setting; did you mean epochs?",
+        "  k: got 2, expected from 0 to 1",
+        "  lr: got 'x', expected a finite number",
+        "  margin: got 0.2 with loss bce, expected 0 (only aam has a margin)",
+    ]
 
 
 @pytest.mark.parametrize("package", ["jsonargparse", "timm", "matplotlib"])

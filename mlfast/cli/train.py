@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -88,10 +88,57 @@ def with_config_option(argv: list[str]) -> list[str]:
 
 
 def read_settings(argv: list[str]) -> dict[str, Any]:
-    """The settings that a file and options give, by their keys."""
-    settings = _train_parser().parse_args(argv).as_dict()
+    """The settings that a file and options give, by their keys.
+
+    Keys that do not exist are among them, for `TrainConfig.from_dict` to report with every other problem.
+    """
+    parser = _train_parser()
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", action="append", default=[])
+    files.add_argument("--set", action="extend", nargs="+", default=[])
+    found, argv = files.parse_known_args(argv)
+    argv += [f"--{setting}" for setting in found.set]
+    from_files = {key: value for path in found.config for key, value in _read_file(path).items()}
+    options, unknown = _known_options(argv, [name for action in parser._actions for name in action.option_strings])
+    names = {action.dest for action in parser._actions}
+    unknown |= {key: value for key, value in from_files.items() if key not in names}
+    parser.set_defaults({key: value for key, value in from_files.items() if key in names})
+    if unknown:  # a message is on its way: nothing may end the command before it
+        options = [option for option in options if option not in ("--print_config", "-h", "--help")]
+    settings = parser.parse_args(options).as_dict()
     del settings["config"]
-    return settings
+    return settings | unknown
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    from jsonargparse import get_loader
+
+    try:
+        values = get_loader("yaml")(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: there is no such file, nor a recipe of that name ({error.strerror})") from error
+    except Exception as error:  # whatever its reader raises
+        raise ValueError(f"{path} is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, expected lines of KEY: VALUE")
+    return values
+
+
+def _known_options(argv: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The options that exist with their values, and the others by their keys."""
+    known, unknown, inside = [], {}, ""
+    for word in argv:
+        key = word.split("=")[0]
+        if key.startswith("--"):
+            inside = "" if key in names else key.removeprefix("--")
+            if inside:
+                unknown[inside] = word.partition("=")[2]
+        elif inside:
+            unknown[inside], inside = word, ""
+            continue
+        if not inside:
+            known.append(word)
+    return known, unknown
 
 
 def _train_parser() -> Any:
@@ -106,7 +153,7 @@ def _train_parser() -> Any:
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ValueError(_clearer(message)) from ex
+            raise ValueError(message) from ex
 
     parser = Parser(
         prog="mlfast train",
@@ -116,6 +163,9 @@ def _train_parser() -> Any:
         formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of settings")
+    parser.add_argument(
+        "--set", default=argparse.SUPPRESS, metavar="KEY=VALUE", help="the same as --KEY VALUE; takes several"
+    )
     parser.add_argument(
         "--resume",
         default=argparse.SUPPRESS,
@@ -142,11 +192,3 @@ def _train_parser() -> Any:
 
 def _groups(config: type) -> dict[str, None]:
     return dict.fromkeys(item.metadata["group"] for item in fields(config))
-
-
-def _clearer(message: str) -> str:
-    """jsonargparse's message, in the words of the settings where it is about one that does not exist."""
-    from mlfast.training.config import unknown_key
-
-    found = re.search(r"unrecognized arguments: --([\w-]+)|Option '([\w-]+)' is not accepted", message)
-    return unknown_key(found[1] or found[2]) if found else message.removeprefix('Parser key "config": ')

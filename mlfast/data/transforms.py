@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -46,7 +46,7 @@ class ImageTransform:
         if self.crop is not None:
             image = crop_to(image, self.crop, random=self.augment != "none")
         if self.augment == "randaugment":
-            image = _randaugment()(image)
+            image = randaugment()(image)
         if self.cutout and torch.rand(()) < 0.5:
             image = cutout(image, self.cutout)
         if self.augment != "none" and torch.rand(()) < 0.5:
@@ -76,7 +76,8 @@ def cutout(image: Image, share: float) -> Image:
 
 
 @functools.cache
-def _randaugment() -> Callable[[Image], Image]:
+def randaugment() -> Callable[[Any], Any]:
+    """Torchvision's RandAugment with the settings of `ImageTransform`; takes a Pillow image or uint8 ``[3, H, W]``."""
     import_torchvision()
     from torchvision.transforms import InterpolationMode, RandAugment
 

@@ -1,155 +1,216 @@
-"""What each part of the method brings: Table 7's ladder and a comparison of the losses, on the built-in digits."""
+"""What each part of the method brings, measured on the built-in digits.
+
+Table 7's ladder, a comparison of the losses, and the sweeps of Figures 3 and 4 (scale, margin) and Table 8 (gammas).
+`mlfast.training.ablation_page` writes the tables and draws the pictures.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import mlfast
-from mlfast.models.checkpoint import atomic_write, write_text
 from mlfast.training.config import TrainConfig
-from mlfast.training.drawing import BLUE, GREEN, GREY, ORANGE, new_figure, png, tidy
 
-_MARKS = "<!-- results -->", "<!-- end of results -->"
+Settings = dict[str, Any]
+Key = tuple[str, str]  # loss; head or graph: what has a learning rate of its own
 
-_SAM = {"sam_rho": 0.05}
-_DECODER = {"head": "ml_decoder", "head_args": {"embed_dim": 128, "feedforward_dim": 256}}
-_BCE = {"loss": "bce", "lr": 0.2}
-_ASL = {"loss": "asl", "lr": 0.2, "gamma_neg": 4.0, "prob_shift": 0.05}
-_AM = {"loss": "aam", "lr": 0.5, "gamma_neg": 0.0}
-_AAM = {"loss": "aam", "lr": 0.5, "gamma_neg": 1.0}
-_SETTINGS = {"scale": 20.0, "k": 0.7, "gamma_pos": 0.0, "ema_decay": 0.0, "report": False}
-
-# docs/ablation.md says how the rates were chosen.
-LADDER: dict[str, dict[str, Any]] = {
-    "baseline: BCE, average pooling": _BCE,
-    "+ SAM": _BCE | _SAM,
-    "+ ML-Decoder": _BCE | _SAM | _DECODER | {"lr": 0.05},
-    "+ AM loss": _AM | _SAM | _DECODER,
-    "+ AAM loss": _AAM | _SAM | _DECODER,
-    "graph attention in place of ML-Decoder": _AAM | _SAM | {"graph": "gat_reweight"},
+# Images of 32 pixels and a stride of 8: ML-Decoder has 16 positions to look at, and a run takes half a minute.
+_COMMON: Settings = {
+    "image_size": 32,
+    "backbone_args": {"output_stride": 8},
+    "batch_size": 32,
+    "ema_decay": 0.0,
+    "report": False,
 }
-LOSSES: dict[str, dict[str, Any]] = {"BCE": _BCE, "ASL": _ASL, "AM": _AM, "AAM": _AAM}
+_BCE: Settings = {"loss": "bce"}
+_ASL: Settings = {"loss": "asl", "gamma_neg": 4.0, "prob_shift": 0.05}
+_AAM: Settings = {"loss": "aam", "gamma_neg": 1.0}
+_AM: Settings = {"loss": "aam", "gamma_neg": 0.0}
+_SAM: Settings = {"sam_rho": 0.05}
+_DECODER: Settings = {"head": "ml_decoder", "head_args": {"embed_dim": 64, "feedforward_dim": 128}}
+_GRAPH: Settings = {"graph": "gat_reweight"}
+
+TABLES: dict[str, dict[str, Settings]] = {
+    "ladder": {
+        "baseline: BCE, average pooling": _BCE,
+        "+ SAM": _BCE | _SAM,
+        "+ ML-Decoder": _BCE | _SAM | _DECODER,
+        "+ AM loss": _AM | _SAM | _DECODER,
+        "+ AAM loss": _AAM | _SAM | _DECODER,
+        "graph attention in place of ML-Decoder": _AAM | _SAM | _GRAPH,
+    },
+    "losses": {"BCE": _BCE, "ASL": _ASL, "AM": _AM, "AAM": _AAM},
+    "scale": {f"s = {scale:g}": _AAM | {"scale": scale} for scale in (5.0, 10.0, 20.0, 40.0)},
+    "margin": {f"m = {margin:g}": _AAM | {"margin": margin} for margin in (0.0, 0.1, 0.2, 0.3)},
+    "gammas": {
+        f"gamma_neg = {negative:g}, gamma_pos = {positive:g}": _AAM | {"gamma_neg": negative, "gamma_pos": positive}
+        for negative, positive in ((0.0, 0.0), (1.0, 0.0), (2.0, 0.0), (2.0, 1.0), (4.0, 0.0))
+    },
+}
+_PARTS = (("ladder", "losses"), ("scale", "margin", "gammas"))  # the first is done with every seed before the second
+
+# Where the search for the rate of each loss and head begins; it goes on by factors of 3.
+FIRST_RATES: dict[Key, float] = {
+    ("bce", "gap"): 0.1,
+    ("bce", "ml_decoder"): 0.03,
+    ("asl", "gap"): 0.1,
+    ("aam", "gap"): 0.5,
+    ("aam", "ml_decoder"): 0.5,
+    ("aam", "gat_reweight"): 0.5,
+}
+_FACTOR = 3.0
+_TUNING: Settings = {"seed": 1000, "held_out": 0.2, "val_images": 64}  # rates are chosen by images held out of train
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """A line of the table: the mAP after the last epoch for each seed, in percent."""
+    """A line of a table: its learning rate, and the mAP in percent after the last epoch for each seed so far."""
 
     table: str
     name: str
-    lr: float
-    scores: list[float]
+    lr: float = math.nan
+    scores: list[float] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds; nan where nothing was measured."""
+        return statistics.mean(self.scores) if self.scores else math.nan
 
     @property
     def spread(self) -> float:
-        """Standard deviation over the seeds, nan for one."""
+        """Standard deviation over the seeds, nan for less than two."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else math.nan
 
 
-def run_ablation(seeds: int, epochs: int, images: int, runs_dir: str, say: Callable[[str], None] = print) -> list[Row]:
-    """Train every configuration with every seed, and finish what an earlier call with the same arguments began.
+@dataclass(frozen=True)
+class Results:
+    """What was measured.
+
+    Attributes:
+        rows: of all tables, in order.
+        rates: the rates tried for each loss and head, with the mAP in percent on the held-out images.
+        complete: whether nothing is left to do.
+    """
+
+    rows: list[Row]
+    rates: dict[Key, dict[float, float]]
+    complete: bool
+
+
+class _OutOfTime(Exception):
+    pass
+
+
+class Ablation:
+    """Trains what the tables need, each configuration once, and never again what lies in the folder of the runs.
 
     Args:
         seeds: number of seeds, from 0 on.
         epochs, images: of each run; the mAP is that of the last epoch's weights on 1000 validation images.
         runs_dir: where the runs are kept.
+        minutes: begin no further run after these; a later call goes on.
         say: takes a line after each run.
     """
+
+    def __init__(
+        self,
+        seeds: int,
+        epochs: int,
+        images: int,
+        runs_dir: str,
+        minutes: float = math.inf,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.seeds, self.say = seeds, say
+        self.common = _COMMON | {"epochs": epochs, "train_images": images, "runs_dir": runs_dir}
+        self.end = time.monotonic() + 60 * minutes
+
+    def run(self) -> Results:
+        """Search for the rates, then train every row with every seed; only what is finished when the time is over."""
+        rows = {(table, name): Row(table, name) for table, names in TABLES.items() for name in names}
+        rates: dict[Key, dict[float, float]] = {key: {} for key in FIRST_RATES}
+        complete = True
+        found = set()
+        for key in FIRST_RATES:
+            with contextlib.suppress(_OutOfTime):
+                rates[key].update(self._search(key))
+                found.add(key)
+        for table, name, seed in self._order():
+            row, settings = rows[table, name], TABLES[table][name]
+            try:
+                if _key(settings) not in found:
+                    raise _OutOfTime
+                row.lr = _best(rates[_key(settings)])
+                row.scores.append(self._score(settings | {"lr": row.lr, "seed": seed}, "mAP"))
+            except _OutOfTime:
+                complete = False
+        return Results(list(rows.values()), rates, complete)
+
+    def _order(self) -> Iterator[tuple[str, str, int]]:
+        for part in _PARTS:
+            for seed in range(self.seeds):
+                yield from ((table, name, seed) for table in part for name in TABLES[table])
+
+    def _search(self, key: Key) -> Iterator[tuple[float, float]]:
+        """Rates and their scores: the first guess and its neighbours, then on while an end of the row is the best."""
+        settings = next(one for rows in TABLES.values() for one in rows.values() if _key(one) == key)
+        settings = {name: value for name, value in settings.items() if name != "sam_rho"} | _TUNING
+        scores: dict[float, float] = {}
+        waiting = [FIRST_RATES[key] * _FACTOR**step for step in (0, -1, 1)]
+        while waiting:
+            rate = float(f"{waiting.pop(0):.2g}")
+            scores[rate] = self._score(settings | {"lr": rate}, "held_out_mAP")
+            yield rate, scores[rate]
+            if not waiting and _best(scores) in (min(scores), max(scores)):
+                waiting = [_best(scores) * (_FACTOR if _best(scores) == max(scores) else 1 / _FACTOR)]
+
+    def _score(self, settings: Settings, metric: str) -> float:
+        """The metric after the last epoch, in percent, of a finished run or a new one; 0 where the loss diverged."""
+        config = TrainConfig(**self.common | settings)
+        text = json.dumps(config.to_dict() | {"runs_dir": "", "name": ""}, sort_keys=True)
+        config = replace(config, name=hashlib.sha256(text.encode()).hexdigest()[:16])
+        score = _finished(config, metric)
+        if score is None:
+            if time.monotonic() > self.end:
+                raise _OutOfTime
+            score = _train(config, metric)
+            told = {name: value for name, value in settings.items() if name not in ("head_args", "val_images")}
+            self.say(f"{' '.join(f'{name}={value}' for name, value in told.items())}: {metric} {100 * score:.1f}")
+        return 100 * score
+
+
+def _key(settings: Settings) -> Key:
+    return settings["loss"], settings.get("graph") or settings.get("head", "gap")
+
+
+def _best(scores: dict[float, float]) -> float:
+    return max(scores, key=lambda rate: scores[rate])
+
+
+def _finished(config: TrainConfig, metric: str) -> float | None:
+    """What an earlier call reached with these settings, which the name of the run stands for."""
+    folder = Path(config.runs_dir) / str(config.name)
+    if (folder / "diverged").exists():
+        return 0.0
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return float(json.loads(lines[-1])[metric]) if len(lines) == config.epochs else None
+
+
+def _train(config: TrainConfig, metric: str) -> float:
+    from mlfast.training.errors import TrainingError
     from mlfast.training.fit import fit
 
-    rows = [Row("ladder", name, settings["lr"], []) for name, settings in LADDER.items()]
-    rows += [Row("losses", name, settings["lr"], []) for name, settings in LOSSES.items()]
-    for seed in range(seeds):  # the outer loop, so that a call that is stopped has every configuration soon
-        done: dict[str, float] = {}  # the losses begin with the ladder's baseline
-        for number, (row, settings) in enumerate(zip(rows, [*LADDER.values(), *LOSSES.values()], strict=True)):
-            if str(settings) not in done:
-                config = TrainConfig(
-                    **_SETTINGS | settings,
-                    epochs=epochs,
-                    train_images=images,
-                    seed=seed,
-                    runs_dir=runs_dir,
-                    name=f"{number}-seed{seed}-{epochs}x{images}",
-                )
-                done[str(settings)] = 100 * fit(config, resume=True, quiet=True).history[-1]["mAP"]
-            row.scores.append(done[str(settings)])
-            say(f"{row.table}: {row.name}, seed {seed}: mAP {row.scores[-1]:.1f}")
-    return rows
-
-
-def write_results(rows: list[Row], settings: str, folder: Path) -> None:
-    """Put the tables into ``ablation.md`` in the folder, in place of older ones, and draw ``ablation.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "ablation.md"
-    text = page.read_text() if page.exists() else f"# Ablation\n\n{_MARKS[0]}\n{_MARKS[1]}\n"
-    before, rest = text.split(_MARKS[0], 1)
-    after = rest.split(_MARKS[1], 1)[1]
-    write_text(page, f"{before}{_MARKS[0]}\n{settings}\n\n{_table(rows)}\n{_MARKS[1]}{after}")
-    with atomic_write(folder / "ablation.png") as file:
-        file.write(png(_picture(rows)))
-
-
-def _table(rows: list[Row]) -> str:
-    lines = ["| | lr | mAP, mean | spread | each seed |", "|---|---|---|---|---|"]
-    for table in ("ladder", "losses"):
-        title = {"ladder": "**Ladder of Table 7**", "losses": "**Losses**, average pooling, no SAM"}[table]
-        lines.append(f"| {title} | | | | |")
-        for row in rows:
-            if row.table == table:
-                seeds = ", ".join(f"{score:.1f}" for score in row.scores)
-                spread = "-" if math.isnan(row.spread) else f"{row.spread:.1f}"
-                lines.append(f"| {row.name} | {row.lr:g} | {statistics.mean(row.scores):.1f} | {spread} | {seeds} |")
-    return "\n".join(lines)
-
-
-def _picture(rows: list[Row]) -> Any:
-    figure = new_figure(9, 3.4)
-    for axes, table in zip(figure.subplots(1, 2), ("ladder", "losses"), strict=True):
-        chosen = [row for row in rows if row.table == table][::-1]
-        axes.barh([row.name for row in chosen], [statistics.mean(row.scores) for row in chosen], color=BLUE, height=0.6)
-        for place, row in enumerate(chosen):
-            axes.plot(row.scores, [place] * len(row.scores), "o", color=ORANGE, markersize=4)
-        axes.set(xlabel="mAP, %; dots: each seed", title={"ladder": "the ladder", "losses": "losses"}[table])
-        tidy(axes)
-    return figure
-
-
-def draw_loss_curves(path: Path, scale: float = 23.0) -> None:
-    """The paper's Figure 2: loss and gradient of one label over its cosine, for a positive and a negative.
-
-    AM and AAM take the cosine with ``k = 0.7`` (AAM: ``gamma_neg = 2, gamma_pos = 1``); BCE and ASL (``gamma_neg = 4``,
-    clip 0.05) take ``scale * cosine`` as their logit, divided by the scale, which is what makes them comparable.
-    """
-    cosine = torch.linspace(-1, 1, 401)
-    am = mlfast.AAMLoss(scale, 0.0, 0.7, 0.0, 0.0, reduction="none")
-    aam = mlfast.AAMLoss(scale, 0.0, 0.7, 2.0, 1.0, reduction="none")
-    bce = mlfast.AsymmetricLoss(0.0, 0.0, clip=0.0, reduction="none")
-    asl = mlfast.AsymmetricLoss(4.0, 0.0, clip=0.05, reduction="none")
-    losses: list[tuple[str, str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = [
-        ("BCE", GREY, lambda x, y: bce(scale * x, y) / scale),
-        ("ASL", GREEN, lambda x, y: asl(scale * x, y) / scale),
-        ("AM", ORANGE, am),
-        ("AAM", BLUE, aam),
-    ]
-    figure = new_figure(9, 6)
-    for column, (title, target) in enumerate((("positive", 1.0), ("negative", 0.0))):
-        upper, lower = (figure.add_subplot(2, 2, 1 + column + 2 * row) for row in range(2))
-        for label, color, loss in losses:
-            x = cosine.clone().requires_grad_()
-            value = loss(x, torch.full_like(x, target))
-            (slope,) = torch.autograd.grad(value.sum(), x)
-            upper.plot(cosine, value.detach(), color=color, label=label)
-            lower.plot(cosine, slope.abs(), color=color, label=label)
-        upper.set(title=f"a {title}", ylabel="loss")
-        lower.set(xlabel="cosine", ylabel="size of the gradient")
-        tidy(upper)
-        tidy(lower)
-    with atomic_write(path) as file:
-        file.write(png(figure))
+    try:
+        return float(fit(config, resume=True, quiet=True).history[-1][metric])
+    except TrainingError:
+        (Path(config.runs_dir) / str(config.name) / "diverged").touch()
+        return 0.0

@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from mlfast.training.data_settings import DEFAULT_DIGITS, data_problems
@@ -73,6 +74,9 @@ class TrainConfig:
     resize: Literal["squash", "crop"] = _option("squash", "Data", "squash to a square, or keep the aspect and crop")
     augment: Literal["none", "flip", "randaugment"] = _option("none", "Data", "none, flip, or randaugment and flip")
     cutout: float = _option(0.0, "Data", "side of Cutout's rectangle, a share of the image's; 0: none", _between(0, 1))
+    augment_on: Literal["workers", "device"] = _option(
+        "workers", "Data", "where: workers, on Pillow's images; device, on batches"
+    )
     mixup: float = _option(0.0, "Data", "alpha of mixup; 0: none", _at_least(0))
     cutmix: float = _option(0.0, "Data", "alpha of CutMix; 0: none", _at_least(0))
     workers: int | None = _option(
@@ -112,8 +116,12 @@ class TrainConfig:
     label_smoothing: float = _option(0.0, "Loss", "how far targets move towards each other", _between(0, 0.5))
 
     epochs: int = _option(8, "Optimisation", "passes over the training images", _at_least(1))
+    steps: int | None = _option(None, "Optimisation", "updates of the weights; in place of epochs", _at_least(2))
     batch_size: int = _option(64, "Optimisation", "images a step, over all processes", _at_least(2))
     micro_batch: int | None = _option(None, "Optimisation", "images a forward pass, to save memory", _at_least(1))
+    grad_checkpointing: bool = _option(
+        False, "Optimisation", "compute activations twice instead of keeping them: less memory, slower"
+    )
     optimizer: Literal["sgd", "adamw"] = _option("sgd", "Optimisation", "sgd (Nesterov momentum) or adamw")
     lr: float = _option(0.5, "Optimisation", "peak learning rate, for a loss per image", _above(0))
     momentum: float = _option(0.9, "Optimisation", "momentum of sgd, beta1 of adamw", _inside(0, 1))
@@ -177,7 +185,12 @@ class TrainConfig:
         """All settings as plain values, ready for YAML."""
         return asdict(self)
 
+    def binding(self) -> dict[str, Any]:
+        """The settings that a run must go on with; where it lies and runs, and what it writes beside, may change."""
+        return {name: value for name, value in self.to_dict().items() if name not in _FREE}
 
+
+_FREE = ("device", "name", "pretrained", "report", "runs_dir", "tensorboard", "workers")
 _FIELDS: dict[str, Field[Any]] = {item.name: item for item in fields(TrainConfig)}
 _TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
 
@@ -200,22 +213,45 @@ def unknown_key(name: str) -> str:
 
 def _problems(values: dict[str, Any]) -> list[str]:
     wrong = {name: text for name, value in values.items() if (text := _problem(name, value))}
-    return [*wrong.values(), *data_problems(values, wrong), *([] if wrong else _conflicts(values))]
+    return [*wrong.values(), *data_problems(values, wrong), *_conflicts(values, wrong)]
 
 
-def _conflicts(values: dict[str, Any]) -> list[str]:
-    """What is wrong with values that are each right."""
-    problems = []
-    train_images = values["train_images"] or DEFAULT_DIGITS["train_images"]
-    if values["data"] == "digits" and values["batch_size"] > train_images:
-        problems.append(f"batch_size: got {values['batch_size']}, expected at most train_images ({train_images})")
-    if values["sam_adaptive"] and not values["sam_rho"]:
-        problems.append("sam_adaptive: got true with sam_rho 0, expected sam_rho above 0 (0.05 to 2)")
-    if values["loss"] != "aam" and values["margin"]:
-        problems.append(
-            f"margin: got {values['margin']} with loss {values['loss']}, expected 0 (only aam has a margin)"
-        )
-    return problems
+def _conflicts(values: dict[str, Any], wrong: Mapping[str, str]) -> list[str]:
+    """What does not go together, of values that are each right."""
+    return [
+        f"{names[0]}: got {values[names[0]]!r}{text}"
+        for names, check in _CONFLICTS.items()
+        if not wrong.keys() & set(names) and (text := check(*(values[name] for name in names)))
+    ]
+
+
+def _too_large_a_batch(batch_size: int, data: str, train_images: int | None) -> str:
+    images = train_images or DEFAULT_DIGITS["train_images"]
+    return f", expected at most train_images ({images})" if data == "digits" and batch_size > images else ""
+
+
+def _missing_vectors(label_vectors: str, graph: str, head: str) -> str:
+    used = label_vectors != "cooccurrence" and (graph != "none" or head == "ml_gcn")
+    return ", expected a file that exists" if used and not Path(label_vectors).expanduser().is_file() else ""
+
+
+# Settings -> what is wrong with their values together, or "". The first of them is the one that is named.
+_CONFLICTS: dict[tuple[str, ...], Callable[..., str]] = {
+    ("batch_size", "data", "train_images"): _too_large_a_batch,
+    ("sam_adaptive", "sam_rho"): lambda adaptive, rho: (
+        " with sam_rho 0, expected sam_rho above 0 (0.05 to 2)" if adaptive and not rho else ""
+    ),
+    ("margin", "loss"): lambda margin, loss: (
+        f" with loss {loss}, expected 0 (only aam has a margin)" if margin and loss != "aam" else ""
+    ),
+    ("augment_on", "resize"): lambda place, resize: (
+        " with resize crop, expected workers (they are who crops)" if (place, resize) == ("device", "crop") else ""
+    ),
+    ("sync_batch_norm", "device"): lambda sync, device: (
+        " with device cpu, expected false (torch has it for GPUs only)" if sync and device == "cpu" else ""
+    ),
+    ("label_vectors", "graph", "head"): _missing_vectors,
+}
 
 
 def _problem(name: str, value: Any) -> str | None:

@@ -21,6 +21,7 @@ from mlfast.data.stratify import stratified_rows
 from mlfast.data.stream import ShardImages
 from mlfast.data.transforms import ImageTransform
 from mlfast.models.label_graph import LabelCounts, count_labels
+from mlfast.training.augmentation import AugmentedBatches
 from mlfast.training.batches import Batches, TensorBatches
 from mlfast.training.config import TrainConfig
 from mlfast.training.data_settings import DEFAULT_DIGITS, DEFAULT_SPLITS
@@ -67,6 +68,8 @@ def create_data(config: TrainConfig, device: torch.device, rank: int = 0, world_
         raise ConfigError(
             [f"batch_size: got {config.batch_size}, expected at most {data.train.num_images}, the images to train on"]
         )
+    if config.augment_on == "device" and (config.augment != "none" or config.cutout):
+        data = data._replace(train=AugmentedBatches(data.train, config.augment, config.cutout, config.seed))
     if config.mixup or config.cutmix:
         return data._replace(train=MixedBatches(data.train, config.mixup, config.cutmix, config.seed))
     return data
@@ -93,13 +96,19 @@ def _digits(config: TrainConfig, share: dict[str, Any]) -> Data:
 
 
 def _digits_to_train(config: TrainConfig, images: Tensor, targets: Tensor, share: dict[str, Any]) -> Batches:
-    transform = ImageTransform(None, config.augment, config.cutout)
+    transform = _workers_transform(config)
     if transform == ImageTransform():
         return TensorBatches(images, targets, config.batch_size, seed=config.seed, **share)
     names = [f"image {row}" for row in range(len(images))]
     dataset = _TensorImages(images, targets, transform)
     workers = _workers(config)
     return LoaderBatches(dataset, config.batch_size, names=names, seed=config.seed, workers=workers, **share)
+
+
+def _workers_transform(config: TrainConfig, crop: int | None = None) -> ImageTransform:
+    if config.augment_on == "device":  # AugmentedBatches does it
+        return ImageTransform(crop)
+    return ImageTransform(crop, config.augment, config.cutout)
 
 
 class _TensorImages(Dataset[Item]):
@@ -119,7 +128,7 @@ def _files(config: TrainConfig, share: dict[str, Any]) -> Data:
     train, val = _annotations(config)
     kept, held_out = _hold_out(train.positive, train.num_classes, config)
     crop = config.image_size if config.resize == "crop" else None
-    augmented = ImageTransform(crop, config.augment, config.cutout)
+    augmented = _workers_transform(config, crop)
 
     def batches(annotations: Annotations, transform: ImageTransform, seed: int | None = None) -> LoaderBatches:
         images = ImageDataset(annotations, None if crop else config.image_size, transform, config.max_broken)

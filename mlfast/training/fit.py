@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,7 +64,7 @@ def fit(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Ru
         run_dir = Path(config.runs_dir) / str(config.name) if resume else _free_run_dir(config)
         run_dir = processes.gather(run_dir)[0]  # the first one's choice, before it makes the folder
         if resume and (run_dir / "state.pt").exists():
-            _check_same_settings(config, run_dir)
+            _check_same_settings(config, _saved_settings(run_dir), f"{run_dir / 'config.yaml'} (or another name)")
             return _continue(config, run_dir, processes, quiet)
         config = replace(config, name=run_dir.name)
         with _reproducible(config):
@@ -88,6 +88,7 @@ def _continue(config: TrainConfig, run_dir: Path, processes: Processes, quiet: b
     from mlfast.training.checkpoint import load_state
 
     state = load_state(run_dir / "state.pt")
+    _check_same_settings(config, state.get("config", {}), f"{run_dir / 'state.pt'}")
     # The state replaces all weights, so there is nothing to download again.
     with _reproducible(config):
         return _run(create_trainer(replace(config, pretrained=False), run_dir, processes, quiet, state))
@@ -101,12 +102,12 @@ def _saved_settings(run_dir: Path) -> dict[str, Any]:
     return yaml.safe_load((run_dir / "config.yaml").read_text())
 
 
-def _check_same_settings(config: TrainConfig, run_dir: Path) -> None:
-    saved, wanted = _saved_settings(run_dir), config.to_dict()
+def _check_same_settings(config: TrainConfig, saved: dict[str, Any], where: str) -> None:
+    """Refuse to go on with what other settings began."""
     problems = [
-        f"{name}: got {value!r}, expected {saved.get(name)!r} as in {run_dir / 'config.yaml'} (or another name)"
-        for name, value in wanted.items()
-        if saved.get(name) != value and name not in ("device", "runs_dir")
+        f"{name}: got {value!r}, expected {saved[name]!r} as in {where}"
+        for name, value in config.binding().items()
+        if name in saved and saved[name] != value
     ]
     if problems:
         raise ConfigError(problems)
@@ -129,6 +130,8 @@ def create_trainer(
     from mlfast.training.labels import graph_arguments
     from mlfast.training.trainer import Trainer
 
+    if config.tensorboard:
+        _check_packages(("tensorboard",), "tensorboard")
     device = _device(config.device)
     if config.batch_size % processes.size:
         raise ConfigError(
@@ -149,6 +152,8 @@ def create_trainer(
         **config.backbone_args,
     )
     model.to(device)
+    if config.grad_checkpointing:
+        _checkpoint_activations(model.backbone, config.backbone)
     if config.sync_batch_norm:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.channels_last:
@@ -175,12 +180,19 @@ def create_trainer(
     return trainer
 
 
-def _check_packages() -> None:
-    for package in _PACKAGES:
+def _check_packages(packages: Sequence[str] = _PACKAGES, extra: str = "train") -> None:
+    for package in packages:
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(
-                f'training needs {package}, which is not installed: pip install "mlfast[train]"', name=package
+                f'training needs {package}, which is not installed: pip install "mlfast[{extra}]"', name=package
             )
+
+
+def _checkpoint_activations(backbone: Any, name: str) -> None:
+    try:
+        backbone.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:  # timm asserts for what has none
+        raise ConfigError([f"grad_checkpointing: got True, but {name} of timm does not support it"]) from error
 
 
 def _device(name: str) -> torch.device:

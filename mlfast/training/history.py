@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ class History:
     """The epochs of a run, kept in a file ``metrics.jsonl`` with one JSON object a line.
 
     Keys of a line: ``epoch`` (from 1), ``loss`` (training, per image), ``lr`` (at the end), ``images_per_second``,
-    ``data_seconds`` (that training waited for batches), ``seconds``, then ``val_loss``, ``mAP``, ``OF1``, ... of the
-    trained weights, and the same with ``ema_`` in front for their average. A value that is not finite is null.
+    ``data_seconds`` (that training waited for batches), ``compute_seconds`` (the rest of training), ``seconds``, then
+    ``val_loss``, ``mAP``, ``OF1``, ... of the trained weights, and the same with ``ema_`` in front for their average.
+    A value that is not finite is null.
 
     Args:
         path: the file; it is touched by `restore` and `append` only.
@@ -47,6 +49,8 @@ class History:
             return
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # the state that counts this epoch comes later
         if self._board:
             for key, value in record.items():
                 if value is not None and key != "epoch":

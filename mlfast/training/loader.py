@@ -7,6 +7,7 @@ import signal
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -142,10 +143,17 @@ class _SeededItems(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         epoch, row = key
-        state = np.random.SeedSequence([self.seed, epoch, row]).generate_state(1, np.uint64)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(state[0]))  # torch.manual_seed would reach the GPUs' too
+        with seeded(self.seed, epoch, row):
             return *self.images[row], row
+
+
+@contextmanager
+def seeded(seed: int, epoch: int, row: int) -> Iterator[None]:
+    """Inside, torch's CPU generator is that of an image in an epoch; outside it is left alone."""
+    state = np.random.SeedSequence([seed, epoch, row]).generate_state(1, np.uint64)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(state[0]))  # torch.manual_seed would reach the GPUs' too
+        yield
 
 
 def _end_workers(loader: weakref.ref[DataLoader[Any]]) -> None:

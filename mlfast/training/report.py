@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from mlfast.evaluation import MultilabelMetrics, Predictions
+from mlfast.models import conditional_probabilities, count_labels, create_label_graph
 from mlfast.models.checkpoint import load_model, write_text
 from mlfast.training.drawing import BLUE, GREEN, GREY, ORANGE, new_figure, png, tidy
+from mlfast.training.graph_drawing import draw_label_graph
 from mlfast.training.history import Record, curves
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 _PICTURES = 12  # of each kind of error
 _PICTURE_SIZE = 160  # pixels
-_MATRIX_CLASSES = 30
+_MATRIX_CLASSES, _GRAPH_CLASSES = 30, 60  # the most frequent ones
 
 _PAGE = """\
 <!DOCTYPE html>
@@ -91,7 +94,7 @@ def write_report(trainer: Trainer) -> None:
     model.to(trainer.device)
     predictions, mistakes = Predictions(len(description["classes"])), Mistakes()
     for batch in trainer.val.epoch(0):
-        probabilities = model.probabilities(trainer._forward(model, batch.images))
+        probabilities = model.probabilities(trainer.apply(model, batch.images))
         predictions.add(probabilities, batch.targets)
         names = [trainer.val.name(int(row)) for row in batch.rows]
         mistakes.add(batch.images, probabilities, batch.targets, names)
@@ -112,6 +115,7 @@ def render(
         f"<h2>Precision and recall by threshold</h2>{_inline(png(_threshold_curves(scores, targets), dpi=100))}",
         f"<h2>Worst false positives</h2>{_gallery(mistakes.false_positives, classes)}",
         f"<h2>Worst misses</h2>{_gallery(mistakes.misses, classes)}",
+        f"<h2>Label graph</h2>{_label_graph(targets, classes)}",
         "<h2>Labels that come together</h2><p>Of the images with the label of a row, the share that has the label of a "
         f"column.</p>{_inline(png(_cooccurrence(scores, targets, classes), dpi=100))}",
     ]
@@ -163,6 +167,23 @@ def _threshold_curves(scores: np.ndarray, targets: np.ndarray) -> Any:
     axes.set(xlabel="threshold", ylabel="%", ylim=(0, 102))
     tidy(axes)
     return figure
+
+
+def _label_graph(targets: np.ndarray, classes: Sequence[str]) -> str:
+    """Edges of the validation labels, as `mlfast graph` draws those of a data set."""
+    chosen = np.sort(np.argsort(-(targets > 0).sum(axis=0), kind="stable")[:_GRAPH_CLASSES])
+    counts = count_labels(torch.from_numpy(targets[:, chosen]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # labels without neighbours are not drawn
+        graph = create_label_graph(counts)
+    if not graph.edges:
+        return "<p>No label is on 40 % of the images with another one.</p>"
+    names = [str(classes[label])[:24] for label in chosen]
+    figure = draw_label_graph(graph, conditional_probabilities(counts), names)
+    return (
+        "<p>An arrow from one label to another: of the images with the first, at least 40 % have the second; the "
+        f"darker, the more.</p>{_inline(png(figure, dpi=80))}"
+    )
 
 
 def _cooccurrence(scores: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> Any:

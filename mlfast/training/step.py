@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from mlfast.training.batch_norm import uncounted_batches
 from mlfast.training.config import TrainConfig
 from mlfast.training.distributed import ONE_PROCESS, Processes, without_averaging
 from mlfast.training.sam import SAM, frozen_batch_norm_statistics
@@ -23,6 +24,8 @@ class Step:
 
     The loss is a sum over classes and a mean over images, so the learning rate does not depend on the batch size. A
     batch is computed in parts of ``micro_batch`` images, whose gradients add up, where memory does not hold all of it.
+    With ``grad_checkpointing`` the backbone computes its activations a second time in the backward pass, instead of
+    keeping them; batch norm's statistics do not move in that second time.
 
     Args:
         model: whose weights move, and whose batch norm statistics SAM's second pass leaves alone; wrapped, where
@@ -30,7 +33,8 @@ class Step:
         forward: images to what the loss takes.
         loss: of outputs and targets, summed.
         optimizer: takes the step.
-        config: ``sam_rho``, ``sam_adaptive``, ``clip_grad``, ``micro_batch``, ``precision``, ``skip_bad_steps``.
+        config: ``sam_rho``, ``sam_adaptive``, ``sam_average``, ``clip_grad``, ``micro_batch``, ``grad_checkpointing``,
+            ``precision``, ``skip_bad_steps``.
         processes: which agree on the steps that are left out.
     """
 
@@ -79,11 +83,13 @@ class Step:
         size = self.config.micro_batch or len(images)
         parts = list(zip(images.split(size), targets.split(size), strict=True))
         losses = []
+        recomputing = uncounted_batches if self.config.grad_checkpointing else contextlib.nullcontext
         for number, (some_images, some_targets) in enumerate(parts, 1):
             alone = number < len(parts) or not average
             with without_averaging(self.model) if alone else contextlib.nullcontext():
                 loss = self.loss(self.forward(some_images), some_targets) / len(images)
-                self.scaler.scale(loss).backward()
+                with recomputing(self.model):
+                    self.scaler.scale(loss).backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlfast.training.history import Record
 
 _COLUMNS = (
@@ -18,8 +20,15 @@ _COLUMNS = (
     ("images_per_second", 8, "{:.0f}", 1),
     ("seconds", 7, "{:.1f}", 1),
     ("data_seconds", 7, "{:.1f}", 1),
+    ("compute_seconds", 9, "{:.1f}", 1),
 )
-_TITLES = {"val_loss": "val loss", "ema_mAP": "EMA mAP", "images_per_second": "images/s", "data_seconds": "waiting"}
+_TITLES = {
+    "val_loss": "val loss",
+    "ema_mAP": "EMA mAP",
+    "images_per_second": "images/s",
+    "data_seconds": "waiting",
+    "compute_seconds": "computing",
+}
 _SCORES = ("mAP", "OF1", "CF1", "OP", "OR", "CP", "CR")
 
 BAR_FORMAT = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
@@ -31,11 +40,18 @@ def header() -> str:
 
 
 def postfix(loss: float, lr: float, norm: float, speed: float) -> str:
-    """What stands behind the bar; memory is the most that a GPU's tensors have taken so far."""
-    import torch
+    """What stands behind the bar; memory is the most that the run has taken so far."""
+    memory = f"{_most_memory() / 2**30:.1f} GiB"
+    return f"loss {loss:.4f}, lr {lr:.2g}, gradient {norm:.2g}, {speed:.0f} images/s, {memory}"
 
-    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_initialized() else ""
-    return f"loss {loss:.4f}, lr {lr:.2g}, gradient {norm:.2g}, {speed:.0f} images/s{memory}"
+
+def _most_memory() -> int:
+    """Bytes: of a GPU's tensors where one is used, else of this process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def epoch_line(record: Record) -> str:
@@ -61,9 +77,10 @@ def result_table(records: list[Record], best: dict[str, Any]) -> str:
 
 def summary(run_dir: Path, records: list[Record], best: dict[str, Any]) -> str:
     """The table and where everything lies."""
+    report = f"\nreport   {run_dir / 'report.html'}" if (run_dir / "report.html").exists() else ""
     return (
         f"\n{result_table(records, best)}\n\n"
-        f"model    {run_dir / 'best'}\nmetrics  {run_dir / 'metrics.jsonl'}\npicture  {run_dir / 'curves.png'}"
+        f"model    {run_dir / 'best'}\nmetrics  {run_dir / 'metrics.jsonl'}\npicture  {run_dir / 'curves.png'}{report}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -68,10 +69,12 @@ class Trainer:
         self.device = model.mean.device
         self.loss = create_loss(config)
         self.optimizer = create_optimizer(model, config)
-        self.schedule = create_schedule(self.optimizer, config, config.epochs * len(train))
+        self.total_steps = config.steps or config.epochs * len(train)
+        self.num_epochs = math.ceil(self.total_steps / len(train))  # the last one may be a part
+        self.schedule = create_schedule(self.optimizer, config, self.total_steps)
         wrapped = wrap(model, processes, self.device)
         called: Callable[[Tensor], Tensor] = torch.compile(wrapped) if config.compile else wrapped  # the same weights
-        forward = functools.partial(self._forward, called)
+        forward = functools.partial(self.apply, called)
         self.take_step = Step(wrapped, forward, self.loss, self.optimizer, config, processes)
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.stopping = EarlyStopping(config.patience)
@@ -95,7 +98,7 @@ class Trainer:
             self._save_state()  # from now on the run can be continued, whenever it is killed
         with catch_interrupt() as stop:
             try:
-                while self.epoch < self.config.epochs and not self.finished:
+                while self.epoch < self.num_epochs and not self.finished:
                     self._run_epoch(stop)
             except Interrupted:
                 self._check_loss()  # a state with NaN in it is not worth saving
@@ -115,6 +118,7 @@ class Trainer:
             "lr": self.schedule.get_last_lr()[0],
             "images_per_second": round(images_per_second, 1),
             "data_seconds": round(self.waiting.seconds, 2),
+            "compute_seconds": round(time.perf_counter() - start - self.waiting.seconds, 2),
         }
         for prefix, model in self._models():
             record |= self._evaluate(model, self.val, prefix, stop)
@@ -127,14 +131,15 @@ class Trainer:
         """Train the rest of the present epoch; returns images per second."""
         self.model.train()
         first, start = self.step, time.perf_counter()
-        title = f"epoch {self.epoch + 1}/{self.config.epochs}"
+        steps = min(len(self.train), self.total_steps - self.epoch * len(self.train))
+        title = f"epoch {self.epoch + 1}/{self.num_epochs}"
         hide = True if self.quiet else None  # None: hidden where the output is not a terminal
         look = {"desc": title, "bar_format": BAR_FORMAT, "leave": False, "disable": hide}
-        with tqdm(total=len(self.train), initial=first, **look) as bar:
-            self.waiting = WaitingTime(self.train.epoch(self.epoch, start=first))
+        with tqdm(total=steps, initial=first, **look) as bar:
+            self.waiting = WaitingTime(itertools.islice(self.train.epoch(self.epoch, start=first), steps - first))
             for batch in self.waiting:
                 self._train_step(batch)
-                if self.step % _LOOK_EVERY == 0 or self.step == len(self.train):
+                if self.step % _LOOK_EVERY == 0 or self.step == steps:
                     loss = self._check_loss()
                     speed = (self.step - first) * self.config.batch_size / (time.perf_counter() - start)
                     norm = self.recent.norm
@@ -152,7 +157,8 @@ class Trainer:
         self.recent.add(self.step, loss, norm, batch.rows)
         if self.take_step.skipped > self.config.skip_bad_steps > 0:
             raise self._diverged("gradient", f"NaN or infinite {self.take_step.skipped} times")
-        self.schedule.step()
+        if self.schedule.last_epoch + 1 < self.total_steps:  # beyond its end OneCycle rises again
+            self.schedule.step()
         if self.ema:
             self.ema.update()
         self.loss_sum += loss if not self.config.skip_bad_steps else loss.nan_to_num(0, 0, 0)
@@ -162,7 +168,8 @@ class Trainer:
         """What is evaluated: the weights, and their average."""
         return [("", self.model), *([("ema_", self.ema.model)] if self.ema else [])]
 
-    def _forward(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    def apply(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """What a model says about uint8 images ``[B, 3, H, W]``, in the run's memory format and precision."""
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         images = self.model.prepare(images)
@@ -178,7 +185,7 @@ class Trainer:
         predictions = Predictions(len(self.description["classes"]), batches.mostly_unknown)
         for batch in batches.epoch(self.epoch):
             self._stop_if(stop.requested and self.processes.size == 1)
-            output = self._forward(model, batch.images)
+            output = self.apply(model, batch.images)
             loss += self.loss(output, batch.targets)
             if not math.isfinite(loss.item()):
                 raise self._diverged("validation loss", str(loss.item()))
@@ -197,15 +204,15 @@ class Trainer:
         metadata = {"epoch": str(self.epoch)}
         self._save("last", self.model, metadata | {"mAP": str(record["mAP"])})
         chosen_by = "held_out_" if self.held_out else ""
-        highest = 0.0
-        for prefix, model in self._models():
-            score = record[f"{chosen_by}{prefix}mAP"]
-            highest = max(highest, score)  # a NaN, of a split without positives, is never higher
-            if score > self.best["mAP"]:
-                self.best = {"mAP": score, "epoch": self.epoch, "prefix": prefix}
-                self._save("best", model, metadata | {"mAP": str(score)})
-        warmed_up = self.epoch >= self.config.warmup * self.config.epochs
-        self.finished = self.config.patience > 0 and self.stopping.should_stop(highest, warmed_up)
+        scores = [(record[f"{chosen_by}{prefix}mAP"], prefix, model) for prefix, model in self._models()]
+        # Where no class has a positive every score is NaN, and nothing is best.
+        score, prefix, model = max(scores, key=lambda entry: -1.0 if math.isnan(entry[0]) else entry[0])
+        if round(score, 4) >= round(self.best["mAP"], 4):  # the later of equal ones, as in the released code
+            self.best = {"mAP": score, "epoch": self.epoch, "prefix": prefix}
+            self._save("best", model, metadata | {"mAP": str(score)})
+        warmed_up = self.epoch * len(self.train) >= self.config.warmup * self.total_steps
+        score = 0.0 if math.isnan(score) else score
+        self.finished = self.config.patience > 0 and self.stopping.should_stop(score, warmed_up)
         self._save_state()
 
     def _check_loss(self) -> float:
@@ -244,6 +251,7 @@ class Trainer:
         cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         own = {"rng": {"cpu": torch.get_rng_state(), "cuda": cuda}, "loss_sum": self.loss_sum.cpu()}
         state = {
+            "config": self.config.binding(),
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
@@ -261,7 +269,11 @@ class Trainer:
             save_state(self.run_dir / "state.pt", state)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what ``state.pt`` holds; on a CPU the run then goes on as if it had never stopped."""
+        """Continue from what ``state.pt`` holds; on a CPU the run then goes on as if it had never stopped.
+
+        Raises:
+            CheckpointError: another number of processes, or other classes.
+        """
         check_classes(state.get("classes", self.description["classes"]), self.description["classes"])
         self.model.load_state_dict(state["model"])
         if self.ema:

@@ -8,10 +8,10 @@ import torch
 
 import mlfast
 from mlfast import cli
-from mlfast.cli.graph import circle_order
 from mlfast.evaluation.metrics import multilabel_metrics
 from mlfast.models import conditional_probabilities, count_labels, create_label_graph
 from mlfast.models.label_graph import normalise
+from mlfast.training.graph_drawing import circle_order
 
 TARGETS = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 0, 1], [1, 0, 0], [1, 0, 0]])
 

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from mlfast.training import TrainConfig
 
@@ -9,6 +10,15 @@ def one_cache_for_all_tests(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Faster for models this small, on a machine that is busy; and what the processes of some tests have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -53,6 +53,17 @@ def test_a_batch_must_fit_into_the_training_images():
         TrainConfig(train_images=32, batch_size=64)
 
 
+def test_what_does_not_go_together_comes_with_wrong_values():
+    wrong = {"epochs": 0, "sam_adaptive": True, "loss": "bce", "margin": 0.1, "batch_size": 0, "train_images": 1}
+    wrong |= {"graph": "gat_reweight", "label_vectors": "absent.txt", "sync_batch_norm": True, "device": "cpu"}
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**wrong)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "epochs", "batch_size", "sam_adaptive", "margin", "sync_batch_norm", "label_vectors"
+    ]  # fmt: skip
+    TrainConfig(label_vectors="absent.txt")  # nobody reads it
+
+
 def test_whole_numbers_are_good_for_fractions():
     assert TrainConfig(lr=1, scale=20).lr == 1
 

@@ -39,15 +39,6 @@ CPU = torch.device("cpu")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Faster for images this small, on a machine that is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def draw(path: Path, names: list[str], random: np.random.Generator) -> None:
     """A grey JPEG of any aspect, with a patch of each colour."""
     width, height = random.integers(40, 64, 2).tolist()

@@ -8,7 +8,7 @@ import torch
 
 from mlfast.evaluation import Predictions
 from mlfast.training import fit
-from mlfast.training.report import Mistakes, _threshold_curves, render
+from mlfast.training.report import Mistakes, _label_graph, _threshold_curves, render
 
 
 def test_a_run_ends_with_a_report_of_its_best_model(tiny):
@@ -16,9 +16,9 @@ def test_a_run_ends_with_a_report_of_its_best_model(tiny):
     page = (result.run_dir / "report.html").read_text()
     assert f">{100 * result.best['mAP']:.1f}</td>" in page
     assert not re.findall(r"https?:|<script|<link|src=\"(?!data:)", page)
-    assert page.count("<figure>") == 24 and page.count('src="data:image/png') == 3
-    for title in ("epochs", "each class", "threshold", "false positives", "misses", "together"):
-        assert re.search(f"<h2>[^<]*{title}</h2>", page)
+    assert page.count("<figure>") == 24 and page.count('src="data:image/png') == 3 + ("An arrow from one label" in page)
+    for title in ("epochs", "each class", "threshold", "false positives", "misses", "together", "Label graph"):
+        assert re.search(f"<h2>[^<]*{title}</h2>", page), title
 
 
 def test_report_false_leaves_it_out(tiny):
@@ -51,6 +51,12 @@ def test_precision_and_recall_by_threshold():
     assert lines["precision"][50] == pytest.approx(100 * 2 / 3) and lines["recall"][50] == pytest.approx(100 * 2 / 3)
     assert lines["precision"][0] == pytest.approx(60) and lines["recall"][0] == 100
     assert lines["recall"][95] == 0 and np.isnan(lines["precision"][95])
+
+
+def test_the_label_graph_is_that_of_the_labels():
+    targets = np.array([[1, 1, 0], [1, 1, 0], [0, 1, 1], [0, 1, 0], [0, 1, -1]], dtype=np.int8)
+    assert "data:image/png" in _label_graph(targets, ["a", "b", "c"])
+    assert "No label is on 40 %" in _label_graph(np.eye(3, dtype=np.int8), ["a", "b", "c"])
 
 
 def test_nothing_to_show_and_names_that_are_html():

@@ -30,16 +30,6 @@ def processes():
     return context
 
 
-@pytest.fixture
-def one_thread():
-    """As many as the killed processes have: another number rounds otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_killed_at_ten_moments_the_run_ends_as_if_it_had_not_been(tiny, processes):
     settings = {"epochs": 12, "sam_rho": 0.05}
     whole, config = fit(tiny(name="whole", **settings), quiet=True), tiny(name="parts", **settings)
@@ -75,6 +65,18 @@ def test_auto_starts_what_has_not_begun_and_refuses_other_settings(tiny):
         fit(tiny(lr=0.2), resume=True, quiet=True)
     with pytest.raises(ConfigError, match="name: got nothing"):
         fit(tiny(name=None), resume=True, quiet=True)
+
+
+def test_a_state_of_other_settings_is_refused(tiny):
+    run_dir = fit(tiny(epochs=1), quiet=True).run_dir
+    before = (run_dir / "state.pt").read_bytes()
+    settings = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(settings.replace("lr: 0.1", "lr: 0.2").replace("epochs: 1", "epochs: 4"))
+    with pytest.raises(ConfigError, match=r"2 problems(.|\n)*epochs: got 4, expected 1 as in .*state.pt"):
+        resume(run_dir, quiet=True)
+    assert (run_dir / "state.pt").read_bytes() == before
+    (run_dir / "config.yaml").write_text(settings.replace("workers: null", "workers: 0"))
+    assert len(resume(run_dir, quiet=True).history) == 1  # the number of workers changes nothing
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tiny, monkeypatch):

@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+import mlfast
+from mlfast.models import create_model
 from mlfast.training import TrainConfig
+from mlfast.training.optimization import create_optimizer
 from mlfast.training.sam import SAM
-from mlfast.training.step import Step
+from mlfast.training.step import Step, autocast
 
 BATCH = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 TARGETS = torch.randn(8, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -91,6 +94,81 @@ def test_an_overflow_leaves_the_weights_and_lowers_the_scale(sam_rho):
     step(BATCH.float(), torch.full((8, 3), torch.inf))
     assert all(map(torch.equal, before, step.weights))
     assert step.scaler.get_scale() == scale / 2
+
+
+@pytest.mark.parametrize("momentum", ["fresh", "used"])
+def test_a_fused_optimizer_starts_again_after_an_overflow(momentum):
+    """The momentum that a fused step is to begin with must not be whatever lies in the memory."""
+    config = TrainConfig(precision="fp16", optimizer="sgd", momentum=0.9)
+    step, plain = make_step(torch.float32, precision="fp16"), make_step(torch.float32)
+    step.optimizer = create_optimizer(step.model, config)
+    plain.optimizer = torch.optim.SGD(plain.model.parameters(), lr=config.lr, momentum=0.9, nesterov=True, fused=False)
+    assert step.optimizer.param_groups[0]["fused"]
+    plain.optimizer.param_groups[0]["weight_decay"] = 0.0
+    for group in step.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    if momentum == "used":
+        weights_after(step, 1), weights_after(plain, 1)
+    junk = [torch.full_like(weight, torch.nan) for weight in step.weights]
+    del junk  # what an uninitialised buffer would find
+    step(BATCH.float(), torch.full((8, 3), torch.inf))
+    torch.testing.assert_close(weights_after(step), weights_after(plain))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_fused_steps_are_the_others_within_rounding(optimizer):
+    results = []
+    for fused in (True, False):
+        step = make_step(torch.float32)
+        step.optimizer = create_optimizer(step.model, TrainConfig(optimizer=optimizer, lr=0.01))
+        for group in step.optimizer.param_groups:
+            group["fused"] = fused
+        results.append(weights_after(step))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("sam_rho", [0.0, 0.05])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_steps_in_half_precision_go_the_way_of_the_others(precision, sam_rho):
+    moves = []
+    for kind in (precision, "fp32"):
+        torch.manual_seed(0)
+        model = create_model("test_resnet", 3).train()
+        config = TrainConfig(sam_rho=sam_rho, precision=kind, clip_grad=0.5, micro_batch=3, lr=0.01)
+
+        def forward(images, model=model, kind=kind):
+            with autocast(images.device, kind):
+                return model(images)
+
+        step = Step(model, forward, mlfast.AAMLoss(20.0), create_optimizer(model, config), config)
+        before = torch.cat([weight.detach().flatten() for weight in step.weights])
+        images = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        _, norm = step(images, (TARGETS[:6] > 0).to(torch.int8))
+        assert norm > 0.5  # so it was clipped
+        moves.append(torch.cat([weight.detach().flatten() for weight in step.weights]) - before)
+    assert torch.cosine_similarity(*moves, dim=0) > 0.9
+    assert moves[0].norm() == pytest.approx(moves[1].norm().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("sam_rho", [0.0, 0.05])
+def test_recomputed_activations_change_nothing(sam_rho):
+    """Gradients and batch norm's statistics bit for bit, in both passes of SAM; and the activations are recomputed."""
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = create_model("test_resnet", 3, drop_path_rate=0.3)
+        config = TrainConfig(sam_rho=sam_rho, grad_checkpointing=checkpointing)
+        calls = []
+        if checkpointing:
+            model.backbone.set_grad_checkpointing(True)
+        model.backbone.layer4[0].conv1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        step = Step(model.train(), model, nn.MSELoss(reduction="sum"), create_optimizer(model, config), config)
+        images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        for _ in range(2):
+            step(images, TARGETS[:4].float())
+        assert len(calls) == 2 * (1 + bool(sam_rho)) * (1 + checkpointing)
+        results.append(model.state_dict())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 @pytest.mark.parametrize("sam_rho", [0.0, 0.05])

@@ -90,5 +90,6 @@ def test_unknown_tag_names_the_known_ones():
 
 
 def test_unknown_head():
-    with pytest.raises(ValueError, match="unknown head 'gat'; available: 'gap', 'ml_decoder', 'q2l', 'csra', 'ml_gcn'"):
+    known = "'gap', 'ml_decoder', 'q2l', 'csra', 'ml_gcn', 'gatn'"
+    with pytest.raises(ValueError, match=f"unknown head 'gat'; available: {known}"):
         create_model("test_resnet", 3, head="gat")

@@ -15,6 +15,7 @@ from mlfast.graph import Graph
 from mlfast.models import create_model
 from mlfast.nn import (
     CSRA,
+    GATN,
     MLGCN,
     AAMLoss,
     AsymmetricLoss,
@@ -54,6 +55,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CSRA",
+    "GATN",
     "MLGCN",
     "AAMLoss",
     "AsymmetricLoss",

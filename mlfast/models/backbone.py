@@ -29,7 +29,18 @@ def create_backbone(name: str, *, pretrained: bool, image_size: int | None, argu
         return _create(timm, name, {"pretrained": pretrained, "num_classes": 0} | arguments)
     except TypeError as error:
         raise ValueError(f"backbone {name!r} does not take these arguments {sorted(arguments)}: {error}") from error
+    except OSError as error:
+        if not pretrained:
+            raise
+        raise OSError(
+            f"the published weights of backbone {name!r} could not be read: {str(error).splitlines()[0]}\nWithout a "
+            "network, copy the cache of Hugging Face (HF_HOME) from a machine that has them, or pass a file: "
+            "pretrained_cfg_overlay={'file': 'model.safetensors'} among the arguments of the backbone; or start from "
+            "random weights: pretrained=False"
+        ) from error
     except RuntimeError as error:
+        if "No pretrained weights exist" in str(error):
+            raise ValueError(f"timm has no published weights of backbone {name!r}; pass pretrained=False") from error
         if "Invalid pretrained tag" not in str(error):
             raise
         tags = ", ".join(map(repr, timm.list_pretrained(f"{architecture}.*"))) or repr(architecture)

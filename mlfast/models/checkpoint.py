@@ -93,6 +93,7 @@ def load_model(folder: str | Path) -> tuple[MultilabelClassifier, dict[str, Any]
         head_args=description.get("head_args"),  # older files have none
         cosine=description.get("cosine", True),
         graph=None if description.get("graph", "none") == "none" else description["graph"],
+        graph_args=description.get("graph_args"),
         image_size=description["image_size"],
         scale=description["scale"],
         **saved_label_inputs(tensors),

@@ -12,14 +12,18 @@ from torch import Tensor, nn
 from mlfast.models.backbone import create_backbone, extract_features, probe_features
 from mlfast.models.heads import HEADS, create_head
 from mlfast.models.label_graph import LabelCounts, LabelGraph
-from mlfast.models.label_inputs import create_branch, create_label_inputs
+from mlfast.models.label_inputs import LABEL_HEADS, LabelInputs, create_branch
+from mlfast.nn.gatn import GATN
 from mlfast.nn.ml_decoder import FoldedMLDecoder, MLDecoder
 from mlfast.nn.ml_gcn import MLGCN
 from mlfast.ops.reweight_pool import reweight_pool
 
 
 class ChannelWeights(Protocol):
-    """What `create_model` takes as ``graph``: a module that knows one weight per channel, whatever the image."""
+    """What `create_model` takes as ``graph``: a module that knows one weight per channel, whatever the image.
+
+    It may have an attribute ``pooling``, as `mlfast.GraphBranch` has.
+    """
 
     def weight(self) -> Tensor:
         """The channel weights ``[S]``; constant in evaluation mode."""
@@ -37,7 +41,8 @@ class MultilabelClassifier(nn.Module):
             tokens ``[B, N, S]`` where the head takes them.
         classifier: maps features, or with ``pooled`` their pooling ``[B, S]``, to ``[B, K]``.
         pooled: whether positions are pooled before the classifier: their mean, or with a graph branch the mean plus
-            the maximum of the weighted features (`mlfast.functional.reweight_pool`).
+            the maximum of the weighted features (`mlfast.functional.reweight_pool`), unless its attribute ``pooling``
+            is "mean".
         graph: None, or a module whose method ``weight()`` gives the channel weights ``[S]``.
         scale: the loss's ``s``; 1 for logits.
         mean, std: per-channel statistics of images in [0, 1] which the backbone expects.
@@ -87,10 +92,10 @@ class MultilabelClassifier(nn.Module):
         features = extract_features(self.backbone, images)
         if self.graph_branch is not None:
             weight = self.graph_branch.weight()
-            features = reweight_pool(features, weight) if self.pooled else _reweight(features, weight)
-        elif self.pooled:
-            features = features.mean(dim=(2, 3))
-        return features
+            if self.pooled and _pooling(self.graph_branch) == "mean+max":
+                return reweight_pool(features, weight)
+            features = _reweight(features, weight)
+        return features.mean(dim=(2, 3)) if self.pooled else features
 
     def attention(self, images: Tensor) -> Tensor:
         """Where an ML-Decoder looks for each label: ``[B, K, h, w]`` over the positions of the feature map.
@@ -121,14 +126,15 @@ class MultilabelClassifier(nn.Module):
     def fold(self) -> MultilabelClassifier:
         """A copy for inference, in evaluation mode, in which all that is the same for every image is a constant.
 
-        That is the query side of an ML-Decoder, the classifiers of an ML-GCN, and the weights of a graph branch. Call
-        it when the weights are final: the copy shares no memory with this model, and its ``state_dict`` has other
+        That is the query side of an ML-Decoder, the classifiers of ML-GCN and GATN, and the weights of a graph branch.
+        Call it when the weights are final: the copy shares no memory with this model, and its ``state_dict`` has other
         names.
         """
         folded = copy.deepcopy(self).eval().requires_grad_(False)
         if folded.graph_branch is not None:
-            folded.graph_branch = ConstantWeight(folded.graph_branch.weight())
-        if isinstance(folded.classifier, (MLDecoder, MLGCN)):
+            branch = folded.graph_branch
+            folded.graph_branch = ConstantWeight(branch.weight(), _pooling(branch))
+        if isinstance(folded.classifier, (MLDecoder, MLGCN, GATN)):
             folded.classifier = folded.classifier.fold()
         return folded
 
@@ -138,8 +144,9 @@ class ConstantWeight(nn.Module):
 
     value: Tensor
 
-    def __init__(self, value: Tensor) -> None:
+    def __init__(self, value: Tensor, pooling: str = "mean+max") -> None:
         super().__init__()
+        self.pooling = pooling
         self.register_buffer("value", value.detach().clone())
 
     def weight(self) -> Tensor:
@@ -154,6 +161,7 @@ def create_model(
     head: str = "gap",
     head_args: Mapping[str, Any] | None = None,
     graph: nn.Module | str | None = None,
+    graph_args: Mapping[str, Any] | None = None,
     label_vectors: Any = None,
     cooccurrence: LabelCounts | LabelGraph | Tensor | None = None,
     cosine: bool = True,
@@ -169,16 +177,19 @@ def create_model(
             also takes the tokens of a vision transformer.
         num_classes: number K of labels.
         head: ``"gap"``, global average pooling and one weight vector per class; ``"ml_decoder"``, `mlfast.MLDecoder`;
-            ``"q2l"``, `mlfast.Query2Label`; ``"csra"``, `mlfast.CSRA`; or ``"ml_gcn"``, `mlfast.MLGCN`.
+            ``"q2l"``, `mlfast.Query2Label`; ``"csra"``, `mlfast.CSRA`; ``"ml_gcn"``, `mlfast.MLGCN`; or ``"gatn"``,
+            `mlfast.GATN`.
         head_args: arguments for the head, such as ``{"num_groups": 20}``.
         graph: a branch that re-weights the channels: ``"gat_reweight"`` or ``"gcn_reweight"``, an `mlfast.GraphBranch`
             of that kind; or a module whose method ``weight()`` gives ``[S]`` for the S channels of the backbone, the
-            same for every image. With the head ``"gap"`` the pooling is then mean plus maximum.
-        label_vectors: an array [K, N], one vector per label, for a ``graph`` that is named and for ``"ml_gcn"``; by
-            default `mlfast.models.cooccurrence_vectors` of ``cooccurrence``.
-        cooccurrence: for the same two, which labels occur together in the training images: what
-            `mlfast.models.count_labels` gives, a matrix [K, K] of image counts, or the result of
-            `mlfast.models.create_label_graph`.
+            same for every image. With the head ``"gap"`` the pooling is then mean plus maximum. ``"ml_gcn"`` and
+            ``"gatn"`` make the classifiers of the graph: here they mean the heads of these names.
+        graph_args: arguments for the `mlfast.GraphBranch` of a ``graph`` that is named, such as ``{"sigmoid": False}``.
+        label_vectors: an array [K, N], one vector per label, for whatever is made of a graph; by default
+            `mlfast.models.cooccurrence_vectors` of ``cooccurrence``.
+        cooccurrence: which labels occur together in the training images: what `mlfast.models.count_labels` gives, a
+            matrix [K, K] of image counts, or the result of `mlfast.models.create_label_graph`. ``"gatn"`` needs it only
+            where there are no ``label_vectors``.
         cosine: normalise features and weights, for angular losses; otherwise the head gives logits.
         image_size: height and width of the images, for backbones that are built for one size (ViT, Swin); by default
             the one they were published with. Others take any size.
@@ -195,19 +206,19 @@ def create_model(
             arguments, a graph branch, label vectors or co-occurrence that do not fit.
         ImportError: timm or torchvision is missing; the message names the remedy.
     """
+    head, graph = as_head(head, graph)
     if head not in HEADS:
         raise ValueError(f"unknown head {head!r}; available: {', '.join(map(repr, HEADS))}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     body = create_backbone(backbone, pretrained=pretrained, image_size=image_size, arguments=backbone_args)
     channels, is_map = probe_features(body, backbone, image_size)
-    arguments = dict(head_args or {})
-    if head == "ml_gcn" or isinstance(graph, str):
-        labels = create_label_inputs(num_classes, label_vectors, cooccurrence)
-        if isinstance(graph, str):
-            graph = create_branch(graph, labels, channels)
-        if head == "ml_gcn":
-            arguments = labels._asdict() | arguments
+    labels = LabelInputs(num_classes, label_vectors, cooccurrence)
+    if isinstance(graph, str):
+        graph = create_branch(graph, labels, channels, graph_args or {})
+    elif graph_args:
+        raise ValueError(f"graph_args are for a graph that is named, got {sorted(graph_args)} and graph={graph!r}")
+    arguments = {**labels.of_head(head), **(head_args or {})}
     classifier = create_head(
         head, (channels, is_map), num_classes, cosine=cosine, arguments=arguments, backbone=backbone
     )
@@ -217,6 +228,21 @@ def create_model(
         scale = 23.0 if cosine else 1.0
     mean, std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
     return MultilabelClassifier(body, classifier, pooled=head == "gap", graph=graph, scale=scale, mean=mean, std=std)
+
+
+def as_head(head: str, graph: Any) -> tuple[str, Any]:
+    """Head and graph, where a graph that makes the classifiers was named as the graph."""
+    if not isinstance(graph, str) or graph not in LABEL_HEADS:
+        return head, graph
+    if head not in ("gap", graph):  # gap is the default
+        raise ValueError(
+            f"graph {graph!r} makes the classifiers, and leaves nothing to the head {head!r}; leave it out"
+        )
+    return graph, None
+
+
+def _pooling(graph: nn.Module) -> str:
+    return getattr(graph, "pooling", "mean+max")
 
 
 def _reweight(features: Tensor, weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from mlfast.nn.cosine_linear import CosineLinear
 from mlfast.nn.csra import CSRA
+from mlfast.nn.gatn import GATN
 from mlfast.nn.ml_decoder import MLDecoder
 from mlfast.nn.ml_gcn import MLGCN
 from mlfast.nn.query2label import Query2Label
@@ -24,6 +25,7 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "q2l": Query2Label,
     "csra": CSRA,
     "ml_gcn": MLGCN,
+    "gatn": GATN,
 }
 _TAKE_TOKENS = ("ml_decoder",)
 

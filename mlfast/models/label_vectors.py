@@ -86,9 +86,10 @@ def cooccurrence_vectors(counts: LabelCounts | Tensor, dimension: int = 300, neg
     """Label vectors from which labels occur together, where there are no word vectors for them.
 
     Levy & Goldberg (NIPS 2014): ``PMI[i, j] = log(n[i, j] * n / (n[i] * n[j]))`` over pairs of labels, shifted by
-    ``log(negatives)``, cut at 0, and factorised as ``U sqrt(S)`` by a singular value decomposition. Labels with alike
-    companions get alike vectors; a label that was never seen with another gets zeros. Each column's entry of largest
-    magnitude is positive, so that equal counts give equal vectors.
+    ``log(negatives)``, cut at 0, and factorised as ``U sqrt(S)`` by a singular value decomposition. A label is with
+    itself on each of its images: so labels that go together get alike vectors, not only labels with alike companions,
+    no two labels get the same, and one that was never seen with another has a direction of its own. A label without any
+    image gets zeros. Each column's entry of largest magnitude is positive, so that equal counts give equal vectors.
 
     Args:
         counts: of the training images: what `count_labels` gives, or [K, K], as for `create_label_graph`.
@@ -103,7 +104,7 @@ def cooccurrence_vectors(counts: LabelCounts | Tensor, dimension: int = 300, neg
     """
     if dimension < 1 or not negatives >= 1:
         raise ValueError(f"dimension and negatives must be at least 1, got {dimension=} and {negatives=}")
-    pairs = as_counts(counts).together.double().clone().fill_diagonal_(0)
+    pairs = as_counts(counts).together.double()
     degree = pairs.sum(1)
     chance = degree[:, None] * degree / degree.sum().clamp(min=1)
     ratio = torch.where(chance > 0, pairs / chance.clamp(min=1e-300), 0)

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlfast.models.classifier import ConstantWeight
 from mlfast.nn.cosine_linear import CosineLinear
-from mlfast.nn.ml_decoder import MLDecoder
+from mlfast.nn.fixed_classifiers import FixedClassifiers
+from mlfast.nn.ml_decoder import FoldedMLDecoder, MLDecoder
 from mlfast.nn.ml_decoder_names import translate
 from mlfast.torchvision_compat import import_torchvision
 
@@ -128,7 +130,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, needs pickle, or holds no state dict.
+        ValueError: the file is damaged, needs pickle, or holds no state dict; or the model is folded, and the file has
+            nothing for its constants, which were computed from other weights.
         WeightsMismatchError: (a ValueError) the file gives less than ``min_match``; its ``report`` says what.
     """
     if not 0 <= min_match <= 1:
@@ -138,6 +141,7 @@ def load_checkpoint(
     fitting, report = _match(model, tensors, str(path), source)
     if report.share < min_match:
         raise WeightsMismatchError(report, min_match)
+    _require_constants(model, report)
     model.load_state_dict(fitting, strict=False)
     return report
 
@@ -146,6 +150,18 @@ def _unwrapped(model: Any) -> nn.Module:
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
     return model
+
+
+def _require_constants(model: nn.Module, report: LoadReport) -> None:
+    """Whatever `fold` computed from the weights must not stay beside other weights."""
+    kinds = (ConstantWeight, FixedClassifiers, FoldedMLDecoder)
+    folded = [name for name, part in model.named_modules() if isinstance(part, kinds)]
+    stale = [name for name in report.missing for prefix in folded if name.startswith(f"{prefix}." if prefix else "")]
+    if stale:
+        raise ValueError(
+            f"the model is folded: {', '.join(stale[:_NAMES_SHOWN])} were computed from the weights that it had, and "
+            f"{report.path} has nothing for them; nothing was loaded. Load the weights first, and fold() then"
+        )
 
 
 def _read(path: Path, allow_pickle: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from mlfast.nn.cosine_linear import CosineLinear
 from mlfast.nn.csra import CSRA
+from mlfast.nn.gatn import GATN
 from mlfast.nn.graph_attention import GraphAttention
 from mlfast.nn.graph_branch import GraphBranch
 from mlfast.nn.group_linear import GroupLinear
@@ -13,6 +14,7 @@ from mlfast.nn.query2label import Query2Label
 
 __all__ = [
     "CSRA",
+    "GATN",
     "MLGCN",
     "AAMLoss",
     "AsymmetricLoss",

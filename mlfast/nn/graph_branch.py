@@ -12,6 +12,7 @@ from mlfast.graph import Graph
 from mlfast.nn.graph_attention import GraphAttention
 
 KINDS = ("gat", "gcn")
+POOLINGS = ("mean+max", "mean")
 
 
 class GraphConvolution(nn.Module):
@@ -141,9 +142,11 @@ class GraphBranch(LabelNetwork):
         dropout: of attention weights, in training.
         negative_slope: of the LeakyReLU.
         sigmoid: whether the weights are squashed into (0, 1).
+        pooling: what a model with the head "gap" does behind the branch: "mean+max" as in the paper, or "mean". Other
+            heads take the weighted map as it is.
 
     Raises:
-        ValueError: an unknown kind, or a graph that does not fit vectors or kind.
+        ValueError: an unknown kind or pooling, or a graph that does not fit vectors or kind.
     """
 
     def __init__(
@@ -157,12 +160,24 @@ class GraphBranch(LabelNetwork):
         dropout: float = 0.1,
         negative_slope: float = 0.2,
         sigmoid: bool = True,
+        pooling: str = "mean+max",
     ) -> None:
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
         hidden_features = out_features if hidden_features is None else hidden_features
         super().__init__(
             vectors, graph, hidden_features, out_features, kind=kind, dropout=dropout, negative_slope=negative_slope
         )
         self.sigmoid = sigmoid
+        self.pooling = pooling
+
+    @classmethod
+    def released(cls, vectors: Tensor, graph: Tensor, out_features: int, **options: Any) -> GraphBranch:
+        """The branch of the paper's released configuration files, which is not that of the paper.
+
+        Graph convolution where the paper has attention, the mean where it pools by mean plus maximum; and the sigmoid.
+        """
+        return cls(vectors, graph, out_features, **{"kind": "gcn", "sigmoid": True, "pooling": "mean", **options})
 
     def weight(self) -> Tensor:
         """The channel weights ``[S]``; random in training, if there is dropout."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from mlfast.nn.fixed_classifiers import FixedClassifiers, score
 from mlfast.nn.graph_branch import LabelNetwork
-from mlfast.ops.cosine_linear import cosine_linear
 
 
 class MLGCN(LabelNetwork):
@@ -54,37 +53,13 @@ class MLGCN(LabelNetwork):
         )
         if len(vectors) != num_classes:
             raise ValueError(f"MLGCN needs a vector for each of the {num_classes} classes, got {len(vectors)}")
-        self.in_features = in_features
         self.cosine = cosine
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features ``[B, S, h, w]`` to cosines or logits ``[B, K]``."""
-        if features.dim() != 4 or features.shape[1] != self.in_features:
-            raise ValueError(f"MLGCN expects features [B, {self.in_features}, h, w], got {list(features.shape)}")
-        return _score(features, self.represent(), self.cosine)
-
-    def fold(self) -> FoldedMLGCN:
-        """A copy for inference with the classifiers computed once; weights that are loaded later do not reach it."""
-        return FoldedMLGCN(self)
-
-
-class FoldedMLGCN(nn.Module):
-    """`MLGCN` with its classifiers as a constant ``[K, S]``; made by `MLGCN.fold`."""
-
-    classifiers: Tensor
+        return score(features, self.represent(), self.cosine)
 
     @torch.no_grad()
-    def __init__(self, head: MLGCN) -> None:
-        super().__init__()
-        self.register_buffer("classifiers", head.represent())
-        self.cosine = head.cosine
-        self.eval()
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map features ``[B, S, h, w]`` to cosines or logits ``[B, K]``."""
-        return _score(features, self.classifiers, self.cosine)
-
-
-def _score(features: Tensor, classifiers: Tensor, cosine: bool) -> Tensor:
-    pooled = features.amax((2, 3))
-    return cosine_linear(pooled, classifiers) if cosine else F.linear(pooled, classifiers)
+    def fold(self) -> FixedClassifiers:
+        """A copy for inference with the classifiers computed once; weights that are loaded later do not reach it."""
+        return FixedClassifiers(self.represent(), self.cosine)

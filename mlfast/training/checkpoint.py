@@ -27,6 +27,7 @@ def describe_model(config: TrainConfig, model: MultilabelClassifier, classes: Se
         "head": config.head,
         "head_args": config.head_args,
         "graph": config.graph,
+        "graph_args": config.graph_args,
         "classes": list(classes),
         "cosine": config.loss == "aam",
         "scale": model.scale,

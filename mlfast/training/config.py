@@ -90,17 +90,20 @@ class TrainConfig:
     backbone_args: dict[str, Any] = field(
         default_factory=dict, metadata=_about("Model", "arguments for timm.create_model, as YAML or JSON")
     )
-    head: Literal["gap", "ml_decoder", "q2l", "csra", "ml_gcn"] = _option(
-        "gap", "Model", "gap (global average pooling), ml_decoder, q2l, csra or ml_gcn"
+    head: Literal["gap", "ml_decoder", "q2l", "csra", "ml_gcn", "gatn"] = _option(
+        "gap", "Model", "gap (global average pooling), ml_decoder, q2l, csra, ml_gcn or gatn"
     )
     head_args: dict[str, Any] = field(
         default_factory=dict, metadata=_about("Model", "arguments for the head, as YAML or JSON; see docs/models.md")
     )
-    graph: Literal["none", "gat_reweight", "gcn_reweight"] = _option(
-        "none", "Model", "branch over the label graph: none, gat_reweight or gcn_reweight"
+    graph: Literal["none", "gat_reweight", "gcn_reweight", "ml_gcn", "gatn"] = _option(
+        "none", "Model", "over the labels: none, gat_reweight or gcn_reweight; ml_gcn or gatn, as head"
+    )
+    graph_args: dict[str, Any] = field(
+        default_factory=dict, metadata=_about("Model", "arguments for the graph, as YAML or JSON; see docs/models.md")
     )
     label_vectors: str = _option(
-        "cooccurrence", "Model", "for graph and ml_gcn: cooccurrence, a .npy array, or a text file as GloVe's"
+        "cooccurrence", "Model", "for graph, ml_gcn and gatn: cooccurrence, a .npy array, or a text file as GloVe's"
     )
     pretrained: bool = _option(False, "Model", "start from timm's published weights (downloads them)")
 

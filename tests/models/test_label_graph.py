@@ -8,7 +8,6 @@ import torch
 
 import mlfast
 from mlfast import cli
-from mlfast.evaluation.metrics import multilabel_metrics
 from mlfast.models import conditional_probabilities, count_labels, create_label_graph
 from mlfast.models.label_graph import normalise
 from mlfast.training.graph_drawing import circle_order
@@ -125,7 +124,8 @@ def linked_targets(num_images=32):
 
 def make(head="gap", graph=None, cosine=True, **options):
     torch.manual_seed(0)
-    arguments = {"ml_decoder": {"embed_dim": 64, "feedforward_dim": 64}, "ml_gcn": {"hidden_features": 64}}.get(head)
+    small = {"hidden_features": 64}
+    arguments = {"ml_decoder": {"embed_dim": 64, "feedforward_dim": 64}, "ml_gcn": small, "gatn": small}.get(head)
     options = {"cooccurrence": count_labels(linked_targets())} | options
     return mlfast.create_model(
         "test_efficientnet", 5, head=head, head_args=arguments, graph=graph, cosine=cosine, **options
@@ -134,37 +134,15 @@ def make(head="gap", graph=None, cosine=True, **options):
 
 @pytest.mark.filterwarnings("ignore:.*no neighbour")
 @pytest.mark.parametrize(
-    ("head", "graph", "cosine"),
+    ("head", "graph"),
     [
-        ("gap", "gat_reweight", True),
-        ("gap", "gcn_reweight", False),
-        ("ml_decoder", "gat_reweight", True),
-        ("ml_gcn", None, True),
-        ("ml_gcn", "gcn_reweight", False),
+        ("gap", "gat_reweight"),
+        ("ml_decoder", "gat_reweight"),
+        ("q2l", "gcn_reweight"),
+        ("csra", "gcn_reweight"),
+        ("ml_gcn", "gat_reweight"),
+        ("gatn", "gat_reweight"),
     ],
-)
-def test_overfits_32_images(head, graph, cosine):
-    model, targets = make(head, graph, cosine), linked_targets()
-    loss = (mlfast.AAMLoss if cosine else mlfast.AsymmetricLoss)(reduction="batchmean")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    images = torch.randn(32, 3, 32, 32)
-    for step in range(25):
-        value = loss(model(images), targets)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        if step == 0:
-            first = value.detach()
-            assert [name for name, p in model.named_parameters() if p.grad is None] == []
-    with torch.no_grad():
-        probabilities = model.eval().probabilities(model(images))
-    assert multilabel_metrics(probabilities, targets).mAP > 0.95
-    assert value.detach() < first / 4
-
-
-@pytest.mark.filterwarnings("ignore:.*no neighbour")
-@pytest.mark.parametrize(
-    ("head", "graph"), [("gap", "gat_reweight"), ("ml_decoder", "gcn_reweight"), ("ml_gcn", "gat_reweight")]
 )
 def test_folded_branches_are_constants_and_export_without_graph(head, graph):
     model, images = make(head, graph), torch.randn(4, 3, 32, 32)
@@ -182,7 +160,9 @@ def test_folded_branches_are_constants_and_export_without_graph(head, graph):
 
 
 @pytest.mark.filterwarnings("ignore:.*no neighbour")
-@pytest.mark.parametrize(("head", "graph"), [("gap", "gat_reweight"), ("gap", "gcn_reweight"), ("ml_gcn", None)])
+@pytest.mark.parametrize(
+    ("head", "graph"), [("gap", "gat_reweight"), ("gap", "gcn_reweight"), ("ml_gcn", None), ("gatn", None)]
+)
 def test_bfloat16_autocast_trains(head, graph):
     model, images = make(head, graph), torch.randn(4, 3, 48, 48)
     model(images)
@@ -205,10 +185,54 @@ def test_what_does_not_fit_is_named():
         make(graph="gat_reweight", label_vectors=np.zeros((4, 7)))
     with pytest.raises(ValueError, match="a LabelGraph has no counts to make them of"):
         make(graph="gat_reweight", cooccurrence=create_label_graph(count_labels(linked_targets())))
+    known = "'gat_reweight', 'gcn_reweight', 'ml_gcn', 'gatn', or a module"
+    with pytest.raises(ValueError, match=f"unknown graph 'sage'; available: {known}"):
+        make(graph="sage")
+    with pytest.raises(ValueError, match="graph 'gatn' makes the classifiers, and leaves nothing to the head 'csra'"):
+        make("csra", graph="gatn")
     with pytest.raises(
-        ValueError, match="unknown graph 'gatn'; available: 'gat_reweight', 'gcn_reweight', or a module"
+        ValueError, match=r"label vectors are missing: pass label_vectors=, an array .* or cooccurrence=ml"
     ):
-        make(graph="gatn")
+        make("gatn", cooccurrence=None)
+    with pytest.raises(ValueError, match=r"graph 'gat_reweight' does not take these arguments \['nonsense'\]"):
+        make(graph="gat_reweight", graph_args={"nonsense": 1})
+    with pytest.raises(ValueError, match=r"graph_args are for a graph that is named, got \['sigmoid'\] and graph=None"):
+        make(graph_args={"sigmoid": False})
+
+
+@pytest.mark.filterwarnings("ignore:.*no neighbour")
+@pytest.mark.parametrize(("name", "kind"), [("ml_gcn", mlfast.MLGCN), ("gatn", mlfast.GATN)])
+def test_graphs_that_make_the_classifiers_are_heads_by_either_name(name, kind):
+    for model in (
+        make(name),
+        make(name, graph=name),
+        mlfast.create_model("test_efficientnet", 5, graph=name, cooccurrence=count_labels(linked_targets())),
+    ):
+        assert isinstance(model.classifier, kind) and model.graph_branch is None and not model.pooled
+
+
+def test_gatn_needs_no_cooccurrence_beside_vectors():
+    model = make("gatn", cooccurrence=None, label_vectors=torch.randn(5, 7)).eval()
+    assert model.classifier.vectors.shape == (5, 7)
+    images = torch.randn(3, 3, 48, 64)
+    torch.testing.assert_close(model.fold()(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*no neighbour")
+def test_the_released_branch_is_graph_convolution_and_mean_pooling():
+    vectors, graph = torch.randn(5, 7), create_label_graph(count_labels(linked_targets()))
+    branch = mlfast.GraphBranch.released(vectors, graph.matrix, 256)
+    assert (branch.kind, branch.sigmoid, branch.pooling) == ("gcn", True, "mean")
+    by_name = make(graph="gcn_reweight", graph_args={"pooling": "mean"}, label_vectors=vectors, cooccurrence=graph)
+    by_name.graph_branch.load_state_dict(branch.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    model = by_name.eval()
+    pooled = model.backbone.forward_features(images).mean((2, 3)) * branch.weight()
+    torch.testing.assert_close(model(images), model.classifier(pooled))
+    torch.testing.assert_close(model.fold()(images), model(images), rtol=1e-5, atol=1e-5)
+    assert mlfast.GraphBranch.released(vectors, graph.matrix, 256, kind="gat").pooling == "mean"
+    with pytest.raises(ValueError, match=r"pooling must be one of mean\+max, mean, got 'max'"):
+        mlfast.GraphBranch(vectors, graph.matrix, 256, pooling="max")
 
 
 # ------------------------------------------------------------------------------------------------------- the command

@@ -254,3 +254,22 @@ def test_files_without_weights(tmp_path):
         load_checkpoint(nn.Linear(3, 2), tmp_path / "nothing.pth")
     with pytest.raises(ValueError, match=r"min_match must be in \[0, 1\], got 90"):
         load_checkpoint(nn.Linear(3, 2), tmp_path / "nothing.pth", min_match=90)
+
+
+@pytest.mark.filterwarnings("ignore:.*no neighbour")
+@pytest.mark.parametrize(("head", "graph"), [("gap", "gcn_reweight"), ("gatn", None)])
+def test_a_folded_model_takes_no_weights_of_an_unfolded_one(tmp_path, head, graph):
+    """In the released code the constants of an exported model are those of random weights."""
+    counts = torch.full((3, 3), 2) + 3 * torch.eye(3, dtype=torch.int64)
+    options = {"head": head, "graph": graph, "cooccurrence": counts}
+    trained, other = (mlfast.create_model("test_resnet", 3, **options) for _ in range(2))
+    folded = other.fold()
+    before = snapshot(folded)
+    path = save(tmp_path, trained.state_dict())
+    with pytest.raises(ValueError, match=r"the model is folded: .* Load the weights first, and fold\(\) then"):
+        load_checkpoint(folded, path, min_match=0.1)
+    assert unchanged(folded, before)
+    load_checkpoint(other, path)
+    load_checkpoint(folded, save(tmp_path, other.fold().state_dict()), min_match=1.0)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(folded(images), trained.eval()(images), rtol=1e-5, atol=1e-5)

@@ -67,24 +67,38 @@ def test_every_head_is_built_again(tmp_path, backbone, head, head_args):
     assert (description["head"], description["head_args"]) == (head, head_args)
 
 
-@pytest.mark.parametrize(("head", "graph"), [("gap", "gat_reweight"), ("gap", "gcn_reweight"), ("ml_gcn", "none")])
-def test_every_graph_is_built_again(tmp_path, head, graph):
-    config = TrainConfig(backbone="test_resnet", head=head, graph=graph, scale=17.0, image_size=48)
+@pytest.mark.parametrize(
+    ("head", "graph", "graph_args"),
+    [
+        ("gap", "gat_reweight", {"hidden_features": 5, "sigmoid": False}),
+        ("gap", "gcn_reweight", {"pooling": "mean"}),
+        ("ml_gcn", "none", {}),
+        ("gatn", "none", {}),
+        ("gap", "gatn", {}),
+        ("gatn", "gat_reweight", {}),
+    ],
+)
+def test_every_graph_is_built_again(tmp_path, head, graph, graph_args):
+    config = TrainConfig(
+        backbone="test_resnet", head=head, graph=graph, graph_args=graph_args, scale=17.0, image_size=48
+    )
     torch.manual_seed(0)
     counts = torch.tensor([[5, 4, 0], [4, 9, 1], [0, 1, 2]])
     branch = None if graph == "none" else graph
-    model = create_model("test_resnet", 3, head=head, graph=branch, cooccurrence=counts, scale=17.0)
+    model = create_model(
+        "test_resnet", 3, head=head, graph=branch, graph_args=graph_args, cooccurrence=counts, scale=17.0
+    )
     model(torch.randn(4, 3, 48, 48))
     save_model(tmp_path, model.eval(), describe_model(config, model, CLASSES), {})
     loaded, description = load_model(tmp_path)
     torch.testing.assert_close(scores(loaded), scores(model), rtol=0, atol=1e-6)
-    assert description["graph"] == graph
+    assert (description["graph"], description["graph_args"]) == (graph, graph_args)
 
 
 def test_a_file_from_before_there_were_head_arguments(tmp_path, model):
     save(tmp_path, model)
     description = json.loads((tmp_path / "config.json").read_text())
-    del description["head_args"], description["graph"]
+    del description["head_args"], description["graph"], description["graph_args"]
     (tmp_path / "config.json").write_text(json.dumps(description))
     torch.testing.assert_close(scores(load_model(tmp_path)[0]), scores(model), rtol=0, atol=1e-6)
 

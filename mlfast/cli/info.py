@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-_DEFAULTS: dict[str, Any] = {"backbone": "tf_efficientnetv2_s.in21k", "head": "ml_decoder", "graph": "none", "image_size": 448}
+_DEFAULTS: dict[str, Any] = {
+    "backbone": "tf_efficientnetv2_s.in21k",
+    "head": "ml_decoder",
+    "graph": "none",
+    "image_size": 448,
+}
 _CLASSES = {"coco": 80, "voc2007": 20, "nus_wide": 81, "vg500": 500, "openimages": 601}
 
 

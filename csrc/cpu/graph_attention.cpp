@@ -10,18 +10,20 @@
 #include <vector>
 
 #include "attention_weights.h"
+#include "graph_attention_sums.h"
 #include "huge_pages.h"
 #include "parallel.h"
 
 namespace mlfast::cpu {
 namespace {
 
-// A multiplication and addition costs far less than an element of a loss, for which threads_for was made.
-constexpr int64_t kProductsPerLoss = 32;
+// A product costs far less than an element of a loss, for which threads_for was made: a second thread was measured to
+// be worth its wake from 0.3 ms on.
+constexpr int64_t kProductsPerLoss = 320;
+// An exponential and its gradient, in the same unit.
+constexpr int64_t kProductsPerEdge = 128;
 // Rows that a thread takes at a time.
 constexpr int64_t kRowsPerTurn = 16;
-// Where columns do not fill a block: neighbours that are added at a time, since sums make their way to L1 and back.
-constexpr int kTogether = 4;
 
 // The weights of a row come in whole vectors, also where it has few neighbours: what is behind them is padding.
 constexpr int64_t kPadding = 16;
@@ -56,128 +58,6 @@ template <typename T>
 MLFAST_SIMD void multiply(T* __restrict x, const T* __restrict y, int64_t n) {
   for (int64_t e = 0; e < n; ++e) x[e] *= y[e];
 }
-
-template <typename From, int kRows>
-struct Vectors {
-  const From* at[kRows];
-};
-
-// sum += the weighted vectors.
-template <int kRows, typename T, typename From>
-MLFAST_SIMD void add_weighted(T* __restrict sum, Vectors<From, kRows> vectors, const T* __restrict weights, int64_t n) {
-  for (int64_t f = 0; f < n; ++f) {
-    T added = 0;
-    for (int r = 0; r < kRows; ++r) added += weights[r] * widen(vectors.at[r][f]);
-    sum[f] += added;
-  }
-}
-
-// The same, and to dots are added the inner products of the vectors with another one.
-template <int kRows, typename T, typename From>
-MLFAST_SIMD void add_weighted_and_dot(T* __restrict sum, Vectors<From, kRows> vectors, const T* __restrict weights,
-                                      const From* __restrict other, T* __restrict dots, int64_t n) {
-  static_assert(kRows == 1 || kRows == 4);
-  T dot0 = 0, dot1 = 0, dot2 = 0, dot3 = 0;
-#pragma omp simd reduction(+ : dot0, dot1, dot2, dot3)
-  for (int64_t f = 0; f < n; ++f) {
-    const T v = widen(other[f]), x0 = widen(vectors.at[0][f]);
-    T added = weights[0] * x0;
-    dot0 += v * x0;
-    if constexpr (kRows == 4) {
-      const T x1 = widen(vectors.at[1][f]), x2 = widen(vectors.at[2][f]), x3 = widen(vectors.at[3][f]);
-      added += weights[1] * x1 + weights[2] * x2 + weights[3] * x3;
-      dot1 += v * x1;
-      dot2 += v * x2;
-      dot3 += v * x3;
-    }
-    sum[f] += added;
-  }
-  dots[0] += dot0;
-  if constexpr (kRows == 4) dots[1] += dot1, dots[2] += dot2, dots[3] += dot3;
-}
-
-template <typename T, typename From>
-MLFAST_SIMD void store_scaled(const T* __restrict sum, T factor, From* __restrict to, int64_t n) {
-  for (int64_t f = 0; f < n; ++f) to[f] = Narrow<From>::from(sum[f] * factor);
-}
-
-// ---------------------------------------------------------------------------------------------- whole blocks of
-// columns
-
-// 32 bytes for every instruction set: measured, 64 are no faster with AVX-512 (the caches bound it), and where
-// registers have 32, GCC keeps them in memory.
-template <typename T>
-struct Lanes {
-  typedef T Vector __attribute__((vector_size(32), aligned(alignof(T)), may_alias));
-};
-template <typename T>
-constexpr int64_t kLanes = 32 / sizeof(T);
-
-// A block is as many columns as have their sums in registers while all neighbours are added.
-constexpr int kBlock = 4;
-template <typename T>
-constexpr int64_t kBlockColumns = kBlock * kLanes<T>;
-
-// The columns that come in whole blocks: those of values in the computing type.
-template <typename T, typename From>
-constexpr int64_t columns_in_blocks(int64_t features) {
-  return std::is_same_v<T, From> ? features / kBlockColumns<T> * kBlockColumns<T> : 0;
-}
-
-// to = factor * the weighted sum of n vectors, over `columns` of them.
-template <typename T>
-MLFAST_SIMD void weighted_sum(const T* __restrict vectors, int64_t stride, const int32_t* __restrict indices,
-                              const T* __restrict weights, int64_t n, T factor, T* __restrict to, int64_t columns) {
-  using Vector = typename Lanes<T>::Vector;
-  for (int64_t f = 0; f < columns; f += kBlockColumns<T>) {
-    Vector sums[kBlock] = {};
-    for (int64_t e = 0; e < n; ++e) {
-      const auto* x = reinterpret_cast<const Vector*>(vectors + indices[e] * stride + f);
-#pragma GCC unroll 4
-      for (int b = 0; b < kBlock; ++b) sums[b] += weights[e] * x[b];
-    }
-#pragma GCC unroll 4
-    for (int b = 0; b < kBlock; ++b) reinterpret_cast<Vector*>(to + f)[b] = factor * sums[b];
-  }
-}
-
-// The same with factor 1, and the inner products of the vectors with another one; `lanes` is scratch, n * kLanes.
-template <typename T>
-MLFAST_SIMD void weighted_sum_and_dots(const T* __restrict vectors, int64_t stride, const int32_t* __restrict indices,
-                                       const T* __restrict weights, int64_t n, const T* __restrict other,
-                                       T* __restrict to, T* __restrict lanes, T* __restrict dots, int64_t columns) {
-  using Vector = typename Lanes<T>::Vector;
-  std::fill_n(lanes, n * kLanes<T>, T(0));
-  for (int64_t f = 0; f < columns; f += kBlockColumns<T>) {
-    Vector sums[kBlock] = {}, own[kBlock];
-#pragma GCC unroll 4
-    for (int b = 0; b < kBlock; ++b) own[b] = reinterpret_cast<const Vector*>(other + f)[b];
-    for (int64_t e = 0; e < n; ++e) {
-      const auto* x = reinterpret_cast<const Vector*>(vectors + indices[e] * stride + f);
-      Vector& dot = reinterpret_cast<Vector*>(lanes)[e];
-      Vector products[2] = {dot, Vector{}};
-#pragma GCC unroll 4
-      for (int b = 0; b < kBlock; ++b) {
-        sums[b] += weights[e] * x[b];
-        products[b % 2] += own[b] * x[b];
-      }
-      dot = products[0] + products[1];
-    }
-#pragma GCC unroll 4
-    for (int b = 0; b < kBlock; ++b) reinterpret_cast<Vector*>(to + f)[b] = sums[b];
-  }
-  for (int64_t e = 0; e < n; ++e) {
-    T* x = lanes + e * kLanes<T>;
-#pragma GCC unroll 3
-    for (int64_t half = kLanes<T> / 2; half > 0; half /= 2)
-#pragma GCC unroll 4
-      for (int64_t i = 0; i < half; ++i) x[i] += x[i + half];
-    dots[e] = x[0];
-  }
-}
-
-// ------------------------------------------------------------------------------------------------------ rows and
-// columns
 
 // What a thread needs of its own, as long as the longest row it has met.
 template <typename T>
@@ -222,22 +102,6 @@ struct Scores {
     return {largest, exp_logits(s.src.data(), own, slope, largest, s.weights.data(), n, padded(n))};
   }
 };
-
-// Calls f(rows together, edge) for the edges in order, kTogether at a time.
-template <typename F>
-void for_edges(int64_t n, const F& f) {
-  int64_t e = 0;
-  for (; e + kTogether <= n; e += kTogether) f(std::integral_constant<int, kTogether>(), e);
-  for (; e < n; ++e) f(std::integral_constant<int, 1>(), e);
-}
-
-// Vectors `e` to e + kRows of one head.
-template <int kRows, typename From>
-Vectors<From, kRows> vectors_at(const From* base, int64_t stride, const int32_t* indices, int64_t e) {
-  Vectors<From, kRows> vectors;
-  for (int r = 0; r < kRows; ++r) vectors.at[r] = base + indices[e + r] * stride;
-  return vectors;
-}
 
 // to = factor * the weighted sum of the vectors of one head.
 template <typename T, typename From>
@@ -407,7 +271,7 @@ void graph_attention(const Attention& attention, const SparseAttention& tensors)
     const int64_t size = attention.nodes * attention.heads * attention.features;
     if (tensors.out) prefer_huge_pages(tensors.out, size * static_cast<int64_t>(sizeof(From)));
     for_nodes<T>(attention, tensors.neighbours.indptr[attention.nodes],
-                 tensors.out ? attention.features : kProductsPerLoss,
+                 tensors.out ? attention.features : kProductsPerEdge,
                  [&](int64_t i, Scratch<T>& s) { forward_row<T, From>(scores, tensors, i, s); });
   });
 }
@@ -422,11 +286,11 @@ void graph_attention_backward(const Attention& attention, const SparseAttentionB
     prefer_huge_pages(tensors.grad_value, size * static_cast<int64_t>(sizeof(From)));
     const std::unique_ptr<T[]> weights(new T[static_cast<size_t>(edges * attention.heads)]);
     const EdgeScratch<T> scratch{weights.get(), static_cast<T*>(tensors.grad_logits)};
-    for_nodes<T>(attention, edges, kProductsPerLoss,
+    for_nodes<T>(attention, edges, kProductsPerEdge,
                  [&](int64_t i, Scratch<T>& s) { row_weights<T>(scores, tensors, i, scratch, s); });
     for_nodes<T>(attention, edges, 2 * attention.features,
                  [&](int64_t j, Scratch<T>& s) { backward_column<T, From>(scores, tensors, j, scratch, s); });
-    for_nodes<T>(attention, edges, kProductsPerLoss,
+    for_nodes<T>(attention, edges, kProductsPerEdge,
                  [&](int64_t i, Scratch<T>& s) { backward_row<T>(scores, tensors, i, scratch, s); });
     for_nodes<T>(attention, edges, 1, [&](int64_t j, Scratch<T>&) { sum_column<T>(attention, tensors, j); });
   });

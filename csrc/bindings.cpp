@@ -9,6 +9,7 @@
 #include "cpu/cosine_linear.h"
 #include "cpu/graph_attention.h"
 #include "cpu/graph_attention_complete.h"
+#include "cpu/graph_attention_scores.h"
 #include "cpu/group_linear.h"
 #include "cpu/huge_pages.h"
 #include "cpu/reweight_pool.h"
@@ -189,6 +190,41 @@ void graph_attention_backward_cpu(int type, int64_t nodes, int64_t heads, int64_
        pointer(grad_score_dst)});
 }
 
+int64_t count_edges_cpu(uintptr_t mask, int64_t nodes, uintptr_t indptr, uintptr_t indptr_t) {
+  py::gil_scoped_release release;
+  return mlfast::cpu::count_edges(static_cast<const bool*>(pointer(mask)), nodes,
+                                  static_cast<int64_t*>(pointer(indptr)), static_cast<int64_t*>(pointer(indptr_t)));
+}
+
+void list_edges_cpu(uintptr_t mask, int64_t nodes, uintptr_t indptr_t, uintptr_t indices, uintptr_t indices_t,
+                    uintptr_t edges_t) {
+  py::gil_scoped_release release;
+  mlfast::cpu::list_edges(static_cast<const bool*>(pointer(mask)), nodes,
+                          static_cast<const int64_t*>(pointer(indptr_t)), static_cast<int32_t*>(pointer(indices)),
+                          static_cast<int32_t*>(pointer(indices_t)), static_cast<int64_t*>(pointer(edges_t)));
+}
+
+void graph_attention_scores_cpu(int type, int64_t nodes, int64_t heads, int64_t features, uintptr_t value,
+                                uintptr_t attention_src, uintptr_t attention_dst, uintptr_t score_src,
+                                uintptr_t score_dst) {
+  py::gil_scoped_release release;
+  mlfast::cpu::graph_attention_scores({nodes, heads, features, static_cast<DType>(type), pointer(value),
+                                       pointer(attention_src), pointer(attention_dst)},
+                                      pointer(score_src), pointer(score_dst));
+}
+
+void graph_attention_scores_backward_cpu(int type, int64_t nodes, int64_t heads, int64_t features, uintptr_t value,
+                                         uintptr_t attention_src, uintptr_t attention_dst, uintptr_t grad_value,
+                                         uintptr_t grad_score_src, uintptr_t grad_score_dst, uintptr_t grad,
+                                         uintptr_t grad_attention_src, uintptr_t grad_attention_dst) {
+  py::gil_scoped_release release;
+  mlfast::cpu::graph_attention_scores_backward(
+      {nodes, heads, features, static_cast<DType>(type), pointer(value), pointer(attention_src),
+       pointer(attention_dst)},
+      {pointer(grad_value), pointer(grad_score_src), pointer(grad_score_dst), pointer(grad),
+       pointer(grad_attention_src), pointer(grad_attention_dst)});
+}
+
 void graph_attention_dense_weights_cpu(int type, int64_t nodes, int64_t heads, double negative_slope, double dropout,
                                        uintptr_t seed, uintptr_t score_src, uintptr_t score_dst, int64_t first,
                                        int64_t block_rows, uintptr_t mask, uintptr_t weights) {
@@ -291,6 +327,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("graph_attention_complete_backward_cpu", &graph_attention_complete_backward_cpu);
   m.def("graph_attention_cpu", &graph_attention_cpu);
   m.def("graph_attention_backward_cpu", &graph_attention_backward_cpu);
+  m.def("graph_attention_count_edges_cpu", &count_edges_cpu);
+  m.def("graph_attention_list_edges_cpu", &list_edges_cpu);
+  m.def("graph_attention_scores_cpu", &graph_attention_scores_cpu);
+  m.def("graph_attention_scores_backward_cpu", &graph_attention_scores_backward_cpu);
   m.def("graph_attention_dense_weights_cpu", &graph_attention_dense_weights_cpu);
   m.def("graph_attention_dense_backward_cpu", &graph_attention_dense_backward_cpu);
   m.def("reweight_pool_cpu", &reweight_pool_cpu);

@@ -21,16 +21,16 @@ MLFAST_HD T logit_below_largest(T own, T src, T largest, T slope) {
   return (top > T(0) ? below : slope * difference) + (own - own);
 }
 
-// weights = exp(logit - largest logit), where `largest` is the largest of src; returns their sum.
+// weights = exp(logit - largest logit), where `largest` is the largest of src; returns the sum of the first n. All of
+// `padded` are written: a row with few neighbours is then one vector, not n scalars.
 template <typename T>
-MLFAST_SIMD T exp_logits(const T* __restrict src, T own, T slope, T largest, T* __restrict weights, int64_t n) {
+MLFAST_SIMD T exp_logits(const T* __restrict src, T own, T slope, T largest, T* __restrict weights, int64_t n,
+                         int64_t padded) {
+  for (int64_t e = 0; e < padded; ++e)
+    weights[e] = math::exp_nonpositive(logit_below_largest(own, src[e], largest, slope));
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t e = 0; e < n; ++e) {
-    const T weight = math::exp_nonpositive(logit_below_largest(own, src[e], largest, slope));
-    weights[e] = weight;
-    sum += weight;
-  }
+  for (int64_t e = 0; e < n; ++e) sum += weights[e];
   return sum;
 }
 

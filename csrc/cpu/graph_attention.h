@@ -29,12 +29,17 @@ struct Rows {
 struct SparseAttention {
   Rows neighbours;
   const void* value;  // [nodes, heads, features]
-  void* out;          // the same
+  void* out;          // the same; or null, where only the statistics are wanted
   void* statistics;   // [2, nodes, heads]: the largest score_src of a row's neighbours, 1 / sum of exp(logit - largest
                       // logit)
 };
 
 void graph_attention(const Attention& attention, const SparseAttention& tensors);
+
+// The edges of a mask [nodes, nodes] in two calls: the first fills the pointers and returns how many there are.
+int64_t count_edges(const bool* mask, int64_t nodes, int64_t* indptr, int64_t* indptr_t);
+void list_edges(const bool* mask, int64_t nodes, const int64_t* indptr_t, int32_t* indices, int32_t* indices_t,
+                int64_t* edges_t);
 
 struct SparseAttentionBackward {
   Rows neighbours;

@@ -331,6 +331,7 @@ struct Sweeps {
 
   void run() const {
     using T = std::conditional_t<std::is_same_v<Type, double>, double, float>;
+    prefer_huge_pages(sums.get(), 4 * part * static_cast<int64_t>(sizeof(double)));
     for_each_chunk([](const Chunk<Type>& c) { sum_chunk(c); });
     scan();
     for_each_chunk([](const Chunk<Type>& c) { sweep_chunk<T>(c); });

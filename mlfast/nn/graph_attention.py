@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from mlfast.graph import Graph
 from mlfast.ops._dtypes import computing_dtype
+from mlfast.ops._graph_attention_scores import has_kernel, value_and_scores
 from mlfast.ops.graph_attention import graph_attention
 
 
@@ -19,8 +20,8 @@ class GraphAttention(nn.Module):
     parameters are those of torch_geometric's ``GATConv`` (concat=True, add_self_loops=False) and have its names: load
     its state_dict. Self loops belong to the graph: ``Graph.from_edges(..., add_self_loops=True)``.
 
-    Where there are more nodes than input features, the scores are computed as ``x (W^T a)``, which needs no pass over
-    ``v``. They and the softmax are float32 under autocast too, and float64 in float64.
+    On the CPU a kernel computes the scores in one pass over ``v``. Elsewhere, where there are more nodes than input
+    features, they are computed as ``x (W^T a)``, which needs no pass over ``v``. They and the softmax are float32 under autocast too, and float64 in float64.
 
     Args:
         in_features: length N of a node's features.
@@ -80,7 +81,10 @@ class GraphAttention(nn.Module):
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"GraphAttention expects [K, {self.in_features}], got {list(x.shape)}")
         value = self.lin(x).view(-1, self.num_heads, self.out_features)
-        score_src, score_dst = self.scores(x, value)
+        if has_kernel(value, self.att_src, self.att_dst):
+            value, score_src, score_dst = value_and_scores(value, self.att_src, self.att_dst)
+        else:
+            score_src, score_dst = self.scores(x, value)
         dropout = self.dropout if self.training else 0.0
         out = graph_attention(
             value, score_src, score_dst, graph, negative_slope=self.negative_slope, dropout=dropout

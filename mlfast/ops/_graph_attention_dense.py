@@ -1,4 +1,7 @@
-"""graph_attention by products of whole matrices, a block of rows of the attention weights at a time."""
+"""graph_attention for a mask: products of whole matrices, a block of rows of the attention weights at a time.
+
+On the CPU, where to look at a mask costs next to nothing, one with few edges goes the sparse route.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import torch
 from torch import Tensor
 
 from mlfast.backends import _native, choose
+from mlfast.graph import DENSE_FROM
+from mlfast.ops import _graph_attention_sparse as sparse
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
 
@@ -35,6 +40,8 @@ def launch(
     seed: Tensor | None,
 ) -> Tensor:
     """The result. Products with ``out=`` stay in the computing type under autocast."""
+    if edges := few_edges(backend, mask):
+        return sparse.launch(backend, value, score_src, score_dst, edges, (negative_slope, dropout), seed)[0]
     nodes, heads, features = value.shape
     dtype = computing_dtype(value.dtype)
     by_head, src, dst = (by_heads(t, dtype) for t in (value, score_src, score_dst))
@@ -60,6 +67,10 @@ def launch_backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by value and scores."""
+    if edges := few_edges(backend, mask):
+        scores, options = (value, score_src, score_dst), (edges, (negative_slope, dropout), seed)
+        statistics = sparse.launch(backend, *scores, *options, only_statistics=True)[1]
+        return sparse.launch_backward(backend, grad_out, *scores, statistics, *options)
     nodes, heads, features = value.shape
     dtype, numbers = computing_dtype(value.dtype), (negative_slope, dropout)
     by_head, src, dst = (by_heads(t, dtype) for t in (value, score_src, score_dst))
@@ -73,6 +84,21 @@ def launch_backward(
         BACKWARD[backend](src, dst, numbers, seed, rows.start, weights, grad, grad_src, grad_dst)
         grad_value.baddbmm_(weights.transpose(1, 2), grad_out[:, rows])
     return by_nodes(grad_value, value), by_nodes(grad_src, score_src), by_nodes(grad_dst, score_dst)
+
+
+def few_edges(backend: str, mask: Tensor | None) -> sparse.Edges | None:
+    """The edges of a mask on the CPU, if they are few enough for the sparse route."""
+    if backend != "cpu" or mask is None:
+        return None
+    mask, nodes = mask.contiguous(), mask.shape[0]
+    indptr, indptr_t = (torch.empty(nodes + 1, dtype=torch.int64) for _ in range(2))
+    count = _native.graph_attention_count_edges_cpu(mask.data_ptr(), nodes, indptr.data_ptr(), indptr_t.data_ptr())
+    if count >= DENSE_FROM * nodes**2:
+        return None
+    indices, indices_t = (torch.empty(count, dtype=torch.int32) for _ in range(2))
+    edges = indptr, indices, indptr_t, indices_t, torch.empty(count, dtype=torch.int64)
+    _native.graph_attention_list_edges_cpu(mask.data_ptr(), nodes, *map(_address, (indptr_t, indices, *edges[3:])))
+    return edges
 
 
 def by_heads(tensor: Tensor, dtype: torch.dtype) -> Tensor:

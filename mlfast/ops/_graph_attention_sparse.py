@@ -27,11 +27,15 @@ def launch(
     edges: Edges,
     numbers: Numbers,
     seed: Tensor | None,
+    only_statistics: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the statistics [2, K, H]: each row's largest logit, and 1 / sum of exp(logit - largest)."""
+    """The result, and the statistics [2, K, H]: each row's largest neighbour, and 1 / sum of exp(logit - largest logit).
+
+    With ``only_statistics``, which the CPU has, the result is empty.
+    """
     value = value.contiguous().resolve_neg()
     scores = computing_score(score_src, value), computing_score(score_dst, value)
-    out = torch.empty_like(value)
+    out = value.new_empty(0) if only_statistics else torch.empty_like(value)
     statistics = value.new_empty(2, *value.shape[:2], dtype=computing_dtype(value.dtype))
     if value.numel() > 0:
         LAUNCH[backend](value, *scores, edges, numbers, seed, out, statistics)

@@ -8,6 +8,7 @@ import torch
 import mlfast
 from mlfast.graph import Graph
 from mlfast.nn import GraphAttention
+from mlfast.ops._graph_attention_scores import value_and_scores
 
 EDGES = torch.randint(12, (2, 40), generator=torch.Generator().manual_seed(0)).unique(dim=1)
 
@@ -34,6 +35,56 @@ def test_is_gatconv(size, heads, bias):
     for (name, mine), (other, parameter) in zip(layer.named_parameters(), theirs.named_parameters(), strict=True):
         assert name == other
         torch.testing.assert_close(mine.grad, parameter.grad)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (12, 3, 5), (200, 2, 70), (9, 1, 0)])
+def test_scores_as_good_as_pytorch(shape):
+    """The kernel's scores and gradients, by the policy of docs/correctness.md; bit-equal for any number of threads."""
+    g = torch.Generator().manual_seed(0)
+    nodes, heads, features = shape
+    leaves = [torch.randn(size, generator=g) for size in (shape, (1, heads, features), (1, heads, features))]
+    incoming = [torch.randn(size, generator=g) for size in (shape, shape[:2], shape[:2])]
+
+    def results(function, dtype):
+        inputs = [t.to(dtype).requires_grad_() for t in leaves]
+        outs = function(*inputs)
+        grads = torch.autograd.grad(outs, inputs, [t.to(dtype) for t in incoming])
+        return [t.detach().double() for t in (*outs, *grads)]
+
+    def plain(value, src, dst):
+        return value * 1, *((value * vector).sum(2) for vector in (src, dst))
+
+    got, theirs = results(value_and_scores, torch.float32), results(plain, torch.float32)
+    for mine, their, exact in zip(got, theirs, results(plain, torch.float64), strict=True):
+        if exact.numel() == 0:
+            continue
+        floor = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+        assert mine.shape == exact.shape
+        assert ((mine - exact).abs() <= 2 * (their - exact).abs().max() + floor).all()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert all(map(torch.equal, results(value_and_scores, torch.float32), got))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_scores_have_gradients():
+    leaves = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((7, 2, 3), (1, 2, 3), (1, 2, 3))]
+    assert torch.autograd.gradcheck(value_and_scores, leaves)
+    grad = torch.autograd.grad(value_and_scores(*leaves)[1].sum(), leaves, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match='use_backend\\("reference"\\)'):
+        grad.sum().backward()
+
+
+def test_the_layer_in_plain_pytorch():
+    """The kernel for scores, and the formulas elsewhere: the same layer, also with a second derivative."""
+    layer, x, graph = GraphAttention(7, 5, 2).double(), torch.randn(12, 7).double(), Graph.from_edges(EDGES, 12)
+    expected = torch.autograd.grad(layer(x, graph).square().sum(), layer.parameters())
+    with mlfast.use_backend("reference"):
+        got = torch.autograd.grad(layer(x, graph).square().sum(), layer.parameters(), create_graph=True)
+        got[0].sum().backward()
+    torch.testing.assert_close([g.detach() for g in got], list(expected))
 
 
 def test_graphs_as_tensors_and_complete():

@@ -1,5 +1,7 @@
 """graph_attention: every backend and route against float64, by the policy of docs/correctness.md."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from mlfast.ops import _graph_attention_sparse as sparse
 from mlfast.ops.graph_attention import keep_factors, philox
 from tests.ops.loss_cases import FLOATS
 
-ROUTES = ("sparse", "dense", "complete")
+ROUTES = ("sparse", "mask", "dense", "complete")  # a mask takes the sparse or the dense kernels, by its density
 SEED = torch.tensor([12345678901234])
 
 
@@ -27,7 +29,13 @@ def backend(backend):
 
 @pytest.fixture(params=ROUTES)
 def route(request):
-    return request.param
+    with going(request.param):
+        yield request.param
+
+
+def going(route):
+    """While it lives, masks of any density go the dense route if that is the one."""
+    return patch.object(dense, "DENSE_FROM", 0.0 if route == "dense" else dense.DENSE_FROM)
 
 
 def example(nodes, heads=1, features=8, density=0.4, dtype=torch.float32, device="cpu", seed=0, spread=2.0):
@@ -46,7 +54,7 @@ def as_graph(mask, route):
         graph = Graph.from_dense(mask)
         graph.mask = None  # whatever its density
         return graph
-    return mask if route == "dense" else None
+    return None if route == "complete" else mask
 
 
 def attended_and_grads(value, score_src, score_dst, graph, **options):
@@ -178,7 +186,8 @@ def test_dropout_is_a_function_of_the_place(backend, device):
     value = torch.eye(nodes, device=device)[:, None]
     keep = keep_factors(torch.Size((1, nodes, nodes)), 0.5, seed, torch.float32)[0] > 0
     for route in ROUTES:
-        weights = graph_attention(value, zeros, zeros, as_graph(mask, route), dropout=0.5, seed=seed)[:, 0]
+        with going(route):
+            weights = graph_attention(value, zeros, zeros, as_graph(mask, route), dropout=0.5, seed=seed)[:, 0]
         assert torch.equal(weights > 0, keep if route == "complete" else keep & mask)
 
 
@@ -275,9 +284,23 @@ def test_guard_bands(backend, device):
 
 def test_blocks_of_rows(monkeypatch):
     *tensors, mask = example(50, 2, 9)
+    monkeypatch.setattr(dense, "DENSE_FROM", 0.0)
     expected = attended_and_grads(*tensors, mask)
     monkeypatch.setattr(dense, "BLOCK", 700)  # 7 rows at a time, and 1 at the end
     torch.testing.assert_close(attended_and_grads(*tensors, mask), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("nodes", [3, 7, 8, 21])
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.4])
+def test_the_edges_of_a_mask(nodes, density):
+    """The same as those of a Graph; the mask's rows are not aligned where there are 3, 7 or 21 nodes."""
+    mask = torch.rand(nodes, nodes, generator=torch.Generator().manual_seed(0)) < density
+    graph = Graph.from_dense(mask)
+    expected = graph.indptr, graph.indices, graph.indptr_t, graph.indices_t, graph.edges_t
+    assert graph.density < dense.DENSE_FROM
+    for got, tensor in zip(dense.few_edges("cpu", mask.t().contiguous().t()), expected, strict=True):
+        assert torch.equal(got, tensor)
+    assert dense.few_edges("cpu", torch.ones(nodes, nodes, dtype=torch.bool)) is None
 
 
 @settings(deadline=None, max_examples=60)
@@ -292,7 +315,8 @@ def test_blocks_of_rows(monkeypatch):
 )
 def test_any_shape(shape, density, dtype, route, slope, dropout, seed):
     case = example(*shape, density, dtype, seed=seed)
-    assert_as_good_as_pytorch(*case, route, negative_slope=slope, dropout=dropout, seed=SEED + seed)
+    with going(route):
+        assert_as_good_as_pytorch(*case, route, negative_slope=slope, dropout=dropout, seed=SEED + seed)
 
 
 # -------------------------------------------------------------------------------------------------------- determinism
@@ -310,7 +334,7 @@ def test_bit_equal_over_repeats_and_threads(route):
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
-        if route == "sparse":
+        if route in ("sparse", "mask"):
             assert all(map(torch.equal, result, results[0]))
         else:  # the products of matrices are PyTorch's, whose library may split sums by the number of threads
             torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "dtype.h"
+#include "lanes.h"
 
 namespace mlfast::cpu {
 
@@ -58,24 +59,15 @@ MLFAST_SIMD void store_scaled(const T* __restrict sum, T factor, From* __restric
 
 // ----------------------------------------------------------------------------------------------- whole blocks
 
-// 32 bytes for every instruction set: measured, 64 are no faster with AVX-512 (the caches bound it), and where
-// registers have 32, GCC keeps them in memory.
-template <typename T>
-struct Lanes {
-  typedef T Vector __attribute__((vector_size(32), aligned(alignof(T)), may_alias));
-};
-template <typename T>
-constexpr int64_t kLanes = 32 / sizeof(T);
-
 // A block is as many columns as have their sums in registers while all neighbours are added.
 constexpr int kBlock = 4;
 template <typename T>
-constexpr int64_t kBlockColumns = kBlock * kLanes<T>;
+constexpr int64_t kColumnsOfBlock = kBlock * kLanes<T>;
 
 // The columns that come in whole blocks: those of values in the computing type.
 template <typename T, typename From>
 constexpr int64_t columns_in_blocks(int64_t features) {
-  return std::is_same_v<T, From> ? features / kBlockColumns<T> * kBlockColumns<T> : 0;
+  return std::is_same_v<T, From> ? features / kColumnsOfBlock<T> * kColumnsOfBlock<T> : 0;
 }
 
 // to = factor * the weighted sum of n vectors, over `columns` of them.
@@ -83,7 +75,7 @@ template <typename T>
 MLFAST_SIMD void weighted_sum(const T* __restrict vectors, int64_t stride, const int32_t* __restrict indices,
                               const T* __restrict weights, int64_t n, T factor, T* __restrict to, int64_t columns) {
   using Vector = typename Lanes<T>::Vector;
-  for (int64_t f = 0; f < columns; f += kBlockColumns<T>) {
+  for (int64_t f = 0; f < columns; f += kColumnsOfBlock<T>) {
     Vector sums[kBlock] = {};
     for (int64_t e = 0; e < n; ++e) {
       const auto* x = reinterpret_cast<const Vector*>(vectors + indices[e] * stride + f);
@@ -102,7 +94,7 @@ MLFAST_SIMD void weighted_sum_and_dots(const T* __restrict vectors, int64_t stri
                                        T* __restrict to, T* __restrict lanes, T* __restrict dots, int64_t columns) {
   using Vector = typename Lanes<T>::Vector;
   std::fill_n(lanes, n * kLanes<T>, T(0));
-  for (int64_t f = 0; f < columns; f += kBlockColumns<T>) {
+  for (int64_t f = 0; f < columns; f += kColumnsOfBlock<T>) {
     Vector sums[kBlock] = {}, own[kBlock];
 #pragma GCC unroll 4
     for (int b = 0; b < kBlock; ++b) own[b] = reinterpret_cast<const Vector*>(other + f)[b];

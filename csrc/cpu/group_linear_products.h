@@ -7,17 +7,11 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "lanes.h"
 #include "simd.h"
 
 namespace mlfast::cpu {
 
-template <typename T>
-struct Lanes {
-  typedef T Vector __attribute__((vector_size(32), aligned(alignof(T)), may_alias));
-};
-
-template <typename T>
-constexpr int64_t kLanes = 32 / sizeof(T);
 // Rows of a product at a time, and vectors of a row: eight sums of a vector each fit the registers of AVX2.
 constexpr int kBlockRows = 4;
 template <typename T>

@@ -50,6 +50,8 @@ def test_a_model_that_got_worse_is_refused_and_leaves_nothing(
         shutil.copy(file.with_suffix(".bin"), path.with_suffix(".bin"))
         return Export(path, 0.0, 16)
 
+    middle = np.median(model_folder[2], axis=0)  # half of the images have each class
+
     class Worse:
         """Images whose labels are what the model sees, and the second time the opposite."""
 
@@ -60,7 +62,7 @@ def test_a_model_that_got_worse_is_refused_and_leaves_nothing(
 
         def __getitem__(self, row):
             self.turns += 1
-            seen = torch.from_numpy(model_folder[2][row] > 0.5).to(torch.int8)
+            seen = torch.from_numpy(model_folder[2][row] > middle).to(torch.int8)
             return scenes[row][0], seen if self.turns <= len(scenes) else 1 - seen
 
     monkeypatch.setattr(quantize, "export_model", lambda folder, kind, path, **_: copied(path))

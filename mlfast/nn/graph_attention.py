@@ -21,7 +21,8 @@ class GraphAttention(nn.Module):
     its state_dict. Self loops belong to the graph: ``Graph.from_edges(..., add_self_loops=True)``.
 
     On the CPU a kernel computes the scores in one pass over ``v``. Elsewhere, where there are more nodes than input
-    features, they are computed as ``x (W^T a)``, which needs no pass over ``v``. They and the softmax are float32 under autocast too, and float64 in float64.
+    features, they are computed as ``x (W^T a)``, which needs no pass over ``v``. They and the softmax are float32 under
+    autocast too, and float64 in float64.
 
     Args:
         in_features: length N of a node's features.

@@ -38,9 +38,7 @@ class ValueAndScoresFunction(torch.autograd.Function):
     """Keeps its inputs alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, attention_src: Tensor, attention_dst: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, value: Tensor, attention_src: Tensor, attention_dst: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Value [K, H, F] and two vectors [1, H, F] to the value and two scores [K, H]."""
         tensors = [t.contiguous().resolve_neg() for t in (value, attention_src, attention_dst)]
         scores = value.new_zeros(2, *value.shape[:2])

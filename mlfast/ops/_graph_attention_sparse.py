@@ -29,7 +29,7 @@ def launch(
     seed: Tensor | None,
     only_statistics: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the statistics [2, K, H]: each row's largest neighbour, and 1 / sum of exp(logit - largest logit).
+    """The result, and the statistics [2, K, H]: each row's largest score_src, and 1 / sum of exp(logit - largest).
 
     With ``only_statistics``, which the CPU has, the result is empty.
     """

@@ -41,7 +41,7 @@ def test_is_gatconv(size, heads, bias):
 def test_scores_as_good_as_pytorch(shape):
     """The kernel's scores and gradients, by the policy of docs/correctness.md; bit-equal for any number of threads."""
     g = torch.Generator().manual_seed(0)
-    nodes, heads, features = shape
+    _, heads, features = shape
     leaves = [torch.randn(size, generator=g) for size in (shape, (1, heads, features), (1, heads, features))]
     incoming = [torch.randn(size, generator=g) for size in (shape, shape[:2], shape[:2])]
 

@@ -14,6 +14,7 @@
 
 #include "huge_pages.h"
 #include "parallel.h"
+#include "prefetch.h"
 
 namespace mlfast::cpu {
 namespace {
@@ -182,10 +183,8 @@ struct Chunk {
 
 // Rows follow each other in the order of their scores, which no hardware foresees.
 template <typename Type>
-inline void prefetch(const Type* row, int64_t columns) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  if (row == nullptr) return;
-  for (int64_t i = 0; i < columns * static_cast<int64_t>(sizeof(Type)); i += 64) __builtin_prefetch(bytes + i);
+inline void prefetch_row(const Type* row, int64_t columns) {
+  if (row) prefetch(row, columns * static_cast<int64_t>(sizeof(Type)));
 }
 
 template <typename Type>
@@ -212,7 +211,7 @@ void sum_chunk(const Chunk<Type>& c) {
     std::fill_n(c.from_right[k], c.columns, 0.0);
   }
   for (int64_t q = 0; q < c.size; ++q) {
-    if (q + kAhead < c.size) prefetch(c.x_of(q + kAhead), c.columns);
+    if (q + kAhead < c.size) prefetch_row(c.x_of(q + kAhead), c.columns);
     const int k = c.kind(q);
     if (const Type* x = c.x_of(q)) add_products(c.after[q], c.before[q], x, c.from_left[k], c.from_right[k], c.columns);
   }
@@ -244,8 +243,8 @@ void sweep_chunk(const Chunk<Type>& c) {
   T partial[kChunk][kColumns];
   for (int64_t q = 0; q < c.size; ++q) {
     if (q + kAhead < c.size) {
-      prefetch(c.x_of(q + kAhead), c.columns);
-      prefetch(c.y_of(q + kAhead), c.columns);
+      prefetch_row(c.x_of(q + kAhead), c.columns);
+      prefetch_row(c.y_of(q + kAhead), c.columns);
     }
     const int k = c.kind(q);
     const Type* x = c.x_of(q);

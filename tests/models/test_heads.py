@@ -75,13 +75,6 @@ def test_exports_with_any_batch_size(head):
     assert not [node.target for node in program.graph.nodes if "mlfast" in str(node.target)]
 
 
-def test_a_whole_model_compiles():
-    """With ML-Decoder; all heads alone are compiled in tests/nn."""
-    model, images = make("ml_decoder", graph=Branch(256)).eval(), torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(images), model(images))
-
-
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("with_graph", [True, False])
 def test_folded_models_give_the_same_outputs(head, with_graph):

@@ -15,7 +15,7 @@ from mlfast.training import Interrupted, fit, resume
 from mlfast.training.batches import ShardRows
 from mlfast.training.data import create_data
 from tests.data.test_webdataset import tar
-from tests.training.test_data import COLOURS, draw, one_thread  # noqa: F401
+from tests.training.test_data import COLOURS, draw
 from tests.training.test_fit import assert_same, at_step, final_state, untimed
 
 CPU = torch.device("cpu")

@@ -31,7 +31,7 @@ _METAVARS = {
     int: "N",
     int | None: "N",
     float: "X",
-    bool: "true|false",
+    bool: "BOOL",
     dict[str, Any]: "{...}",
     str: "TEXT",
     str | None: "TEXT",

@@ -103,7 +103,7 @@ class TrainConfig:
         default_factory=dict, metadata=_about("Model", "arguments for the graph, as YAML or JSON; see docs/models.md")
     )
     label_vectors: str = _option(
-        "cooccurrence", "Model", "for graph, ml_gcn and gatn: cooccurrence, a .npy array, or a text file as GloVe's"
+        "cooccurrence", "Model", "of a graph or its head: cooccurrence, a .npy array, or text as GloVe's"
     )
     pretrained: bool = _option(False, "Model", "start from timm's published weights (downloads them)")
 

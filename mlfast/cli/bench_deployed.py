@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     for folder in folders:
         model, info, title = _paper_model() if folder is None else _trained_model(folder)
         files = () if folder is None else tuple(sorted(folder.glob("*int8*.xml")))
-        print(title)
+        print(title, "(exporting and compiling comes first: minutes for a large model)", sep="\n", flush=True)
         found = measure(
             model, info, runtimes=runtimes, files=files, batch_size=options.batch_size, seconds=options.seconds
         )

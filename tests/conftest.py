@@ -32,6 +32,15 @@ def device(backend):
 
 
 @pytest.fixture
+def one_thread():
+    """Small models gain nothing from a second thread, and lose much where another process wants its core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def poisoned_memory():
     """Fills every uninitialised tensor with NaN, so that an output a kernel forgets cannot pass."""
     before = torch.are_deterministic_algorithms_enabled()

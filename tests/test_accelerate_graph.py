@@ -9,14 +9,7 @@ from mlfast.nn.edge_index_attention import EdgeIndexAttention
 from tests import published
 from tests.test_accelerate import assert_same, reason, swap
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small gain nothing from a second thread, and lose much where another process wants its core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 EDGES = torch.tensor([[0, 1, 2, 3, 0, 2, 4], [1, 2, 3, 0, 0, 1, 1]])

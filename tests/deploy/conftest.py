@@ -24,12 +24,8 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small gain nothing from a second thread, and lose much where another process wants its core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def every_test_has_one_thread(one_thread):
+    pass
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ import mlfast
 from mlfast.models import count_labels
 from tests.models.test_overfitting import HEADS, linked_targets
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODELS = [*((head, None) for head in HEADS), ("gap", "gcn_reweight"), ("gap", "gat_reweight"), ("csra", "gat_reweight")]
 
 

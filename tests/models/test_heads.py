@@ -6,6 +6,8 @@ from torch import nn
 
 import mlfast
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {
     "gap": {},
     "ml_decoder": {"embed_dim": 64, "feedforward_dim": 64, "num_groups": 3},
@@ -13,15 +15,6 @@ SMALL = {
     "csra": {"num_heads": 2},
 }
 HEADS = list(SMALL)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small gain nothing from a second thread, and lose much where another process wants its core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(head, backbone="test_efficientnet", num_classes=5, **options):

@@ -12,15 +12,9 @@ from mlfast.models import conditional_probabilities, count_labels, create_label_
 from mlfast.models.label_graph import normalise
 from mlfast.training.graph_drawing import circle_order
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TARGETS = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 0, 1], [1, 0, 0], [1, 0, 0]])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------------------------------------------------- counting

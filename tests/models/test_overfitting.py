@@ -7,6 +7,8 @@ import mlfast
 from mlfast.evaluation.metrics import multilabel_metrics
 from mlfast.models import count_labels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HEADS = {
     "gap": {},
     "ml_decoder": {"embed_dim": 64, "feedforward_dim": 64, "num_groups": 3},
@@ -22,15 +24,6 @@ LOSSES = {
     "asl": lambda: mlfast.AsymmetricLoss(reduction="batchmean"),
     "bce": lambda: mlfast.AsymmetricLoss(0.0, 0.0, 0.0, reduction="batchmean"),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small gain nothing from a second thread, and lose much where another process wants its core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def linked_targets():

@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 from mlfast.training import TrainConfig
 
@@ -13,12 +12,8 @@ def one_cache_for_all_tests(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Faster for models this small, on a machine that is busy; and what the processes of some tests have."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def every_test_has_one_thread(one_thread):
+    pass
 
 
 @pytest.fixture

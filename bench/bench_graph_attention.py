@@ -23,6 +23,9 @@ SIZES = {  # labels, heads, features, neighbours of a label
     "K 2000, F 256, 10 neighbours": (2000, 1, 256, 10),
     "OpenImages K 9605, F 256, 10 neighbours": (9605, 1, 256, 10),
 }
+DENSITIES = {  # from sparse to dense
+    f"OpenImages K 601, F 256, {neighbours} neighbours": (601, 1, 256, neighbours) for neighbours in (30, 90, 270, 540)
+}
 QUICK = "COCO K 80, F 1280, 6 neighbours"
 IN_FEATURES = 300  # word vectors
 
@@ -68,10 +71,12 @@ def rounds_for(nodes, quick):
     return 3 if nodes > 5000 else 7 if quick else 31
 
 
-def growth(size):
-    """The sweep over K is of graphs with 10 neighbours."""
-    nodes, _, _, neighbours = SIZES[size]
-    return {"growth": {"over": "K", "at": nodes, "curve": "10 neighbours, training"}} if neighbours == 10 else {}
+def growth(nodes, neighbours):
+    """Sweeps over K with 10 neighbours, and over the neighbours of 601 labels."""
+    points = [{"over": "K", "at": nodes, "curve": "10 neighbours, training"}] if neighbours == 10 else []
+    if nodes == 601:
+        points.append({"over": "neighbours", "at": neighbours, "curve": "K 601, training"})
+    return {"growth": points} if points else {}
 
 
 def gatconv(layer, heads, features):
@@ -86,12 +91,12 @@ def in_microseconds(medians):
     return {name: round(value * 1e6, 1) for name, value in medians.items()}
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES | DENSITIES)
 def bench_graph_attention(benchmark, record, device, quick, size):
     if quick and size != QUICK:
         pytest.skip("left out of --quick")
     torch._dynamo.reset()
-    nodes, heads, features, neighbours = SIZES[size]
+    nodes, heads, features, neighbours = (SIZES | DENSITIES)[size]
     graph = Graph.from_edges(edges_of(nodes, neighbours), nodes).to(device)
     mask, inputs = graph.to_dense(), make_inputs(nodes, heads, features, device)
     given = mask if "mask" in size else graph
@@ -113,7 +118,7 @@ def bench_graph_attention(benchmark, record, device, quick, size):
         # Per edge a vector is read forward and one backward; per node there are two vectors forward, three backward.
         bytes=4 * features * heads * (2 * graph.num_edges + 5 * nodes),
         multiply_adds=3 * features * heads * graph.num_edges,  # one sum of vectors forward; two products backward
-        **growth(size),
+        **growth(nodes, neighbours),
         median_us=in_microseconds(medians),
     )
 
@@ -151,6 +156,6 @@ def bench_graph_attention_layer(benchmark, record, device, quick, size):
         # Those of the op, and of the product: x is read twice, its weights once, and their gradient is written.
         bytes=4 * (width * (2 * graph.num_edges + 5 * nodes) + 2 * (nodes + width) * IN_FEATURES),
         multiply_adds=width * (3 * graph.num_edges + 2 * nodes * IN_FEATURES),
-        **growth(size),
+        **growth(nodes, neighbours),
         median_us=in_microseconds(medians),
     )

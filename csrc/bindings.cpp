@@ -190,18 +190,18 @@ void graph_attention_backward_cpu(int type, int64_t nodes, int64_t heads, int64_
        pointer(grad_score_dst)});
 }
 
-int64_t count_edges_cpu(uintptr_t mask, int64_t nodes, uintptr_t indptr, uintptr_t indptr_t) {
+int64_t count_edges_cpu(uintptr_t mask, int64_t nodes, uintptr_t indptr) {
   py::gil_scoped_release release;
   return mlfast::cpu::count_edges(static_cast<const bool*>(pointer(mask)), nodes,
-                                  static_cast<int64_t*>(pointer(indptr)), static_cast<int64_t*>(pointer(indptr_t)));
+                                  static_cast<int64_t*>(pointer(indptr)));
 }
 
-void list_edges_cpu(uintptr_t mask, int64_t nodes, uintptr_t indptr_t, uintptr_t indices, uintptr_t indices_t,
+void list_edges_cpu(uintptr_t mask, int64_t nodes, uintptr_t indices, uintptr_t indptr_t, uintptr_t indices_t,
                     uintptr_t edges_t) {
   py::gil_scoped_release release;
-  mlfast::cpu::list_edges(static_cast<const bool*>(pointer(mask)), nodes,
-                          static_cast<const int64_t*>(pointer(indptr_t)), static_cast<int32_t*>(pointer(indices)),
-                          static_cast<int32_t*>(pointer(indices_t)), static_cast<int64_t*>(pointer(edges_t)));
+  mlfast::cpu::list_edges(static_cast<const bool*>(pointer(mask)), nodes, static_cast<int32_t*>(pointer(indices)),
+                          static_cast<int64_t*>(pointer(indptr_t)), static_cast<int32_t*>(pointer(indices_t)),
+                          static_cast<int64_t*>(pointer(edges_t)));
 }
 
 void graph_attention_scores_cpu(int type, int64_t nodes, int64_t heads, int64_t features, uintptr_t value,

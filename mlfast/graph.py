@@ -7,10 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# From this share of all pairs on, products of whole matrices are faster than gathering neighbours: measured, see
-# docs/graph_attention.md. Such a graph keeps its mask.
-DENSE_FROM = 0.6
 MOST_NODES = 2**31 - 1  # indices are int32
+
+
+def dense_from(num_nodes: int, listed: bool = True) -> float:
+    """The share of all pairs from which products of whole matrices are faster than gathering neighbours.
+
+    Measured on a CPU, see docs/graph_attention.md: the nodes of a small graph are gathered from a near cache, and for a
+    mask, whose edges have not been ``listed``, each pass lists them first.
+    """
+    if num_nodes < 256:
+        return 0.9
+    return 0.5 if listed else 0.25
 
 
 class Graph:
@@ -25,7 +33,7 @@ class Graph:
             int32 [E].
         indptr_t, indices_t: the transpose: the rows that attend to j, ascending.
         edges_t: int64 [E], where each edge of the transpose is in ``indices``.
-        mask: bool [K, K], True at [i, j] for an edge, kept by graphs of at least ``DENSE_FROM`` density; else None.
+        mask: bool [K, K], True at [i, j] for an edge, kept by graphs dense enough for products of matrices; else None.
     """
 
     num_nodes: int
@@ -44,7 +52,7 @@ class Graph:
         self.num_nodes = num_nodes
         self.indptr, self.indices = _pointers(rows, num_nodes), columns.int()
         self.indptr_t, self.indices_t, self.edges_t = _pointers(columns, num_nodes), rows[order].int(), order
-        self.mask = self.to_dense() if self.density >= DENSE_FROM else None
+        self.mask = self.to_dense() if self.density >= dense_from(num_nodes) else None
 
     @classmethod
     def from_edges(cls, edge_index: Tensor, num_nodes: int, add_self_loops: bool = False) -> Graph:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mlfast
-from mlfast.graph import DENSE_FROM, Graph
+from mlfast.graph import Graph, dense_from
 
 EDGES = torch.tensor([[1, 2, 0, 1, 1], [0, 0, 2, 0, 2]])  # sources, targets; 1 -> 0 twice
 MATRIX = torch.tensor([[0.0, 1, 2], [0, -1, 0], [1, 0.5, 0]])
@@ -33,9 +33,10 @@ def test_self_loops_are_added_once():
     assert graph.to_dense().int().tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
 
 
-def test_dense_graphs_keep_their_mask():
+@pytest.mark.parametrize("nodes", [50, 400])
+def test_dense_graphs_keep_their_mask(nodes):
     generator = torch.Generator().manual_seed(0)
-    few, many = (torch.rand(50, 50, generator=generator) < DENSE_FROM + more for more in (-0.1, 0.1))
+    few, many = (torch.rand(nodes, nodes, generator=generator) < dense_from(nodes) + more for more in (-0.08, 0.08))
     assert Graph.from_dense(few).mask is None
     assert torch.equal(Graph.from_dense(many).mask, many)
 

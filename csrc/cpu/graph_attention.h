@@ -36,9 +36,10 @@ struct SparseAttention {
 
 void graph_attention(const Attention& attention, const SparseAttention& tensors);
 
-// The edges of a mask [nodes, nodes] in two calls: the first fills the pointers and returns how many there are.
-int64_t count_edges(const bool* mask, int64_t nodes, int64_t* indptr, int64_t* indptr_t);
-void list_edges(const bool* mask, int64_t nodes, const int64_t* indptr_t, int32_t* indices, int32_t* indices_t,
+// The edges of a mask [nodes, nodes] in two calls: the first fills the pointers and returns how many there are, the
+// second fills the rest.
+int64_t count_edges(const bool* mask, int64_t nodes, int64_t* indptr);
+void list_edges(const bool* mask, int64_t nodes, int32_t* indices, int64_t* indptr_t, int32_t* indices_t,
                 int64_t* edges_t);
 
 struct SparseAttentionBackward {

@@ -22,22 +22,34 @@ constexpr int64_t kColumnTile = 512;
 // Scores of a head that lie further apart lose digits when exponentials are factorised: half of ulp(16) is 5e-7.
 constexpr double kWidestSpread = 16;
 
+// Bytes, not bool, of which GCC makes no vectors.
+using Mask = const uint8_t* __restrict;
+
+// set ? x : other, for a byte of 0 or 1. Written as a choice, GCC compares bytes and makes vectors of eight.
 template <typename T>
-struct Range {
-  T smallest, largest;
-};
+MLFAST_HD T choose(uint8_t set, T x, T other) {
+  using Bits = std::conditional_t<std::is_same_v<T, float>, uint32_t, uint64_t>;
+  const Bits all = Bits(0) - Bits(set);
+  return __builtin_bit_cast(T, (__builtin_bit_cast(Bits, x) & all) | (__builtin_bit_cast(Bits, other) & ~all));
+}
 
 template <typename T>
-MLFAST_SIMD Range<T> range_of(const T* __restrict x, const bool* __restrict mask, int64_t n) {
-  T smallest = std::numeric_limits<T>::infinity(), largest = -smallest;
-#pragma omp simd reduction(min : smallest) reduction(max : largest)
+MLFAST_SIMD T largest_of(const T* __restrict x, Mask mask, int64_t n) {
+  T largest = -std::numeric_limits<T>::infinity();
+#pragma omp simd reduction(max : largest)
   for (int64_t j = 0; j < n; ++j) {
-    const T low = mask[j] ? x[j] : std::numeric_limits<T>::infinity();
-    const T high = mask[j] ? x[j] : -std::numeric_limits<T>::infinity();
-    smallest = low < smallest ? low : smallest;
-    largest = high > largest ? high : largest;
+    const T found = choose(mask[j], x[j], -std::numeric_limits<T>::infinity());
+    largest = found > largest ? found : largest;
   }
-  return {smallest, largest};
+  return largest;
+}
+
+template <typename T>
+MLFAST_SIMD T smallest_of(const T* __restrict x, int64_t n) {
+  T smallest = std::numeric_limits<T>::infinity();
+#pragma omp simd reduction(min : smallest)
+  for (int64_t j = 0; j < n; ++j) smallest = x[j] < smallest ? x[j] : smallest;
+  return smallest;
 }
 
 // e^x for x <= 0. The rounding of the argument to T, many units in the last place of the result where x is far below 0,
@@ -59,18 +71,18 @@ MLFAST_SIMD void exponentials(const T* __restrict x, double largest, double slop
   }
 }
 
-// weights = exp(leaky(own + src) - the row's largest logit) where the mask is set, from factors of either branch of
-// leaky.
+// weights = exp(leaky(own + src) - peak) where the mask is set: the larger of the two branches of leaky, since its slope
+// is at most 1, each from factors.
 template <typename T>
-MLFAST_SIMD T combine(const T* __restrict src, T own, const T* __restrict rising, T up, const T* __restrict falling,
-                      T down, const bool* __restrict mask, T* __restrict weights, int64_t n) {
+MLFAST_SIMD T combine(const T* __restrict rising, T up, const T* __restrict falling, T down,
+                      Mask mask, T* __restrict weights, int64_t n) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
     const T above = rising[j] * up, below = falling[j] * down;
-    const T weight = own + src[j] > T(0) ? above : below;
-    weights[j] = mask[j] ? weight : T(0);
-    sum += weights[j];
+    const T weight = choose(mask[j], std::max(above, below), T(0));
+    weights[j] = weight;
+    sum += weight;
   }
   return sum;
 }
@@ -78,13 +90,14 @@ MLFAST_SIMD T combine(const T* __restrict src, T own, const T* __restrict rising
 // The same for scores that cannot be factorised.
 template <typename T>
 MLFAST_SIMD T combine_any(const T* __restrict src, double own, double slope, double largest,
-                          const bool* __restrict mask, T* __restrict weights, int64_t n) {
+                          Mask mask, T* __restrict weights, int64_t n) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
-    const T weight = exp_precise<T>(logit_below_largest(own, static_cast<double>(src[j]), largest, slope));
-    weights[j] = mask[j] ? weight : T(0);
-    sum += weights[j];
+    const T any = exp_precise<T>(logit_below_largest(own, static_cast<double>(src[j]), largest, slope));
+    const T weight = choose(mask[j], any, T(0));
+    weights[j] = weight;
+    sum += weight;
   }
   return sum;
 }
@@ -114,14 +127,13 @@ struct HeadScores {
   bool factorised;
   std::vector<T> rising, falling;
 
-  HeadScores(const Attention& a, int64_t head, const bool* everyone)
+  HeadScores(const Attention& a, int64_t head, Mask everyone)
       : nodes(a.nodes),
         slope(a.negative_slope),
         src(static_cast<const T*>(a.score_src) + head * a.nodes),
         dst(static_cast<const T*>(a.score_dst) + head * a.nodes) {
-    const Range<T> range = range_of(src, everyone, nodes);
-    largest = range.largest;
-    factorised = range.largest - range.smallest <= T(kWidestSpread) && slope <= 1;
+    largest = largest_of(src, everyone, nodes);
+    factorised = largest - smallest_of(src, nodes) <= T(kWidestSpread) && slope <= 1;
     if (!factorised) return;
     rising.resize(static_cast<size_t>(nodes));
     falling.resize(static_cast<size_t>(nodes));
@@ -129,20 +141,19 @@ struct HeadScores {
   }
 
   // The weights of row i over the neighbours in its mask: they add up to 1, or are 0 where it has none.
-  void row(int64_t i, const bool* mask, T* weights) const {
+  void row(int64_t i, Mask mask, T* weights) const {
     if (memchr(mask, 1, static_cast<size_t>(nodes)) == nullptr) {
       std::fill_n(weights, nodes, T(0));
       return;
     }
-    const T highest = range_of(src, mask, nodes).largest;
     T sum;
     if (factorised && std::isfinite(dst[i])) {
-      const double own = dst[i], top = own + highest, peak = top > 0 ? top : slope * top;
-      const T up = static_cast<T>(std::exp(static_cast<double>(largest) - highest));
-      const T down = static_cast<T>(std::exp(slope * (own + largest) - peak));
-      sum = combine(src, dst[i], rising.data(), up, falling.data(), down, mask, weights, nodes);
+      // Below the largest logit of all nodes: those of the row's neighbours are at most kWidestSpread lower.
+      const double top = static_cast<double>(dst[i]) + largest, peak = top > 0 ? top : slope * top;
+      const T up = static_cast<T>(std::exp(top - peak)), down = static_cast<T>(std::exp(slope * top - peak));
+      sum = combine(rising.data(), up, falling.data(), down, mask, weights, nodes);
     } else {
-      sum = combine_any(src, dst[i], slope, highest, mask, weights, nodes);
+      sum = combine_any(src, dst[i], slope, largest_of(src, mask, nodes), mask, weights, nodes);
     }
     scale(weights, T(1) / sum, nodes);
   }
@@ -161,16 +172,16 @@ void for_each(int64_t n, int64_t weights, const Body& body) {
 
 template <typename T>
 void dense_weights(const Attention& a, const DenseRows& block) {
-  const std::vector<uint8_t> ones(static_cast<size_t>(a.nodes), 1);
-  const bool* everyone = reinterpret_cast<const bool*>(ones.data());
+  const std::vector<uint8_t> everyone(static_cast<size_t>(a.nodes), 1);
+  const auto* mask = reinterpret_cast<const uint8_t*>(block.mask);
   const Keep<T> keep(a);
   for (int64_t head = 0; head < a.heads; ++head) {
-    const HeadScores<T> scores(a, head, everyone);
+    const HeadScores<T> scores(a, head, everyone.data());
     T* weights = static_cast<T*>(block.weights) + head * block.rows * a.nodes;
     for_each(block.rows, block.rows * a.nodes, [&](int64_t r) {
       const int64_t i = block.first + r;
       T* row = weights + r * a.nodes;
-      scores.row(i, block.mask ? block.mask + i * a.nodes : everyone, row);
+      scores.row(i, mask ? mask + i * a.nodes : everyone.data(), row);
       if (a.seed) drop(keep, static_cast<uint32_t>(head), static_cast<uint32_t>(i), row, a.nodes);
     });
   }

@@ -3,42 +3,51 @@
 #include <vector>
 
 #include "graph_attention.h"
+#include "simd.h"
 
 namespace mlfast::cpu {
 namespace {
 
-// Calls f(column) for every true entry of a row. Eight false ones are one comparison.
+// Calls f(column) for every true entry of a row: eight bytes of 0 or 1 (little-endian) become eight bits by a product.
 template <typename F>
 void for_true(const bool* row, int64_t n, const F& f) {
   int64_t j = 0;
   for (; j + 8 <= n; j += 8) {
     uint64_t eight;
     memcpy(&eight, row + j, sizeof eight);
-    if (eight == 0) continue;
-    for (int64_t k = j; k < j + 8; ++k)
-      if (row[k]) f(k);
+    for (auto set = static_cast<unsigned>(eight * 0x0102040810204080 >> 56); set != 0; set &= set - 1)
+      f(j + __builtin_ctz(set));
   }
   for (; j < n; ++j)
     if (row[j]) f(j);
 }
 
-}  // namespace
-
-int64_t count_edges(const bool* mask, int64_t nodes, int64_t* indptr, int64_t* indptr_t) {
-  std::vector<int64_t> attending(static_cast<size_t>(nodes), 0);
-  int64_t edges = 0;
-  for (int64_t i = 0; i < nodes; ++i) {
-    indptr[i] = edges;
-    for_true(mask + i * nodes, nodes, [&](int64_t j) { ++attending[static_cast<size_t>(j)], ++edges; });
-  }
-  indptr[nodes] = edges;
-  indptr_t[0] = 0;
-  for (int64_t j = 0; j < nodes; ++j) indptr_t[j + 1] = indptr_t[j] + attending[static_cast<size_t>(j)];
-  return edges;
+MLFAST_SIMD int64_t count_true(const uint8_t* row, int64_t n) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < n; ++j) count += row[j];
+  return count;
 }
 
-void list_edges(const bool* mask, int64_t nodes, const int64_t* indptr_t, int32_t* indices, int32_t* indices_t,
+MLFAST_SIMD void add_true(const uint8_t* __restrict row, int32_t* __restrict counts, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) counts[j] += row[j];
+}
+
+}  // namespace
+
+int64_t count_edges(const bool* mask, int64_t nodes, int64_t* indptr) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(mask);
+  indptr[0] = 0;
+  for (int64_t i = 0; i < nodes; ++i) indptr[i + 1] = indptr[i] + count_true(bytes + i * nodes, nodes);
+  return indptr[nodes];
+}
+
+void list_edges(const bool* mask, int64_t nodes, int32_t* indices, int64_t* indptr_t, int32_t* indices_t,
                 int64_t* edges_t) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(mask);
+  std::vector<int32_t> attending(static_cast<size_t>(nodes), 0);
+  for (int64_t i = 0; i < nodes; ++i) add_true(bytes + i * nodes, attending.data(), nodes);
+  indptr_t[0] = 0;
+  for (int64_t j = 0; j < nodes; ++j) indptr_t[j + 1] = indptr_t[j] + attending[static_cast<size_t>(j)];
   std::vector<int64_t> next(indptr_t, indptr_t + nodes);
   int64_t edge = 0;
   for (int64_t i = 0; i < nodes; ++i)

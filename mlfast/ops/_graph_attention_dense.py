@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mlfast.backends import _native, choose
-from mlfast.graph import DENSE_FROM
+from mlfast.graph import dense_from
 from mlfast.ops import _graph_attention_sparse as sparse
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
@@ -92,13 +92,14 @@ def few_edges(backend: str, mask: Tensor | None) -> sparse.Edges | None:
         return None
     mask, nodes = mask.contiguous(), mask.shape[0]
     indptr, indptr_t = (torch.empty(nodes + 1, dtype=torch.int64) for _ in range(2))
-    count = _native.graph_attention_count_edges_cpu(mask.data_ptr(), nodes, indptr.data_ptr(), indptr_t.data_ptr())
-    if count >= DENSE_FROM * nodes**2:
+    count = _native.graph_attention_count_edges_cpu(mask.data_ptr(), nodes, indptr.data_ptr())
+    if count >= dense_from(nodes, listed=False) * nodes**2:
         return None
     indices, indices_t = (torch.empty(count, dtype=torch.int32) for _ in range(2))
-    edges = indptr, indices, indptr_t, indices_t, torch.empty(count, dtype=torch.int64)
-    _native.graph_attention_list_edges_cpu(mask.data_ptr(), nodes, *map(_address, (indptr_t, indices, *edges[3:])))
-    return edges
+    edges_t = torch.empty(count, dtype=torch.int64)
+    found = indices, indptr_t, indices_t, edges_t
+    _native.graph_attention_list_edges_cpu(mask.data_ptr(), nodes, *map(_address, found))
+    return indptr, *found
 
 
 def by_heads(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -35,7 +35,7 @@ def route(request):
 
 def going(route):
     """While it lives, masks of any density go the dense route if that is the one."""
-    return patch.object(dense, "DENSE_FROM", 0.0 if route == "dense" else dense.DENSE_FROM)
+    return patch.object(dense, "dense_from", (lambda nodes, listed: 0.0) if route == "dense" else dense.dense_from)
 
 
 def example(nodes, heads=1, features=8, density=0.4, dtype=torch.float32, device="cpu", seed=0, spread=2.0):
@@ -284,7 +284,7 @@ def test_guard_bands(backend, device):
 
 def test_blocks_of_rows(monkeypatch):
     *tensors, mask = example(50, 2, 9)
-    monkeypatch.setattr(dense, "DENSE_FROM", 0.0)
+    monkeypatch.setattr(dense, "dense_from", lambda nodes, listed: 0.0)
     expected = attended_and_grads(*tensors, mask)
     monkeypatch.setattr(dense, "BLOCK", 700)  # 7 rows at a time, and 1 at the end
     torch.testing.assert_close(attended_and_grads(*tensors, mask), expected, rtol=1e-5, atol=1e-5)
@@ -297,7 +297,7 @@ def test_the_edges_of_a_mask(nodes, density):
     mask = torch.rand(nodes, nodes, generator=torch.Generator().manual_seed(0)) < density
     graph = Graph.from_dense(mask)
     expected = graph.indptr, graph.indices, graph.indptr_t, graph.indices_t, graph.edges_t
-    assert graph.density < dense.DENSE_FROM
+    assert graph.density < dense.dense_from(nodes, listed=False)
     for got, tensor in zip(dense.few_edges("cpu", mask.t().contiguous().t()), expected, strict=True):
         assert torch.equal(got, tensor)
     assert dense.few_edges("cpu", torch.ones(nodes, nodes, dtype=torch.bool)) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,15 @@ def main(argv: list[str]) -> int:
     for folder in folders:
         model, info, title = _paper_model() if folder is None else _trained_model(folder)
         files = () if folder is None else tuple(sorted(folder.glob("*int8*.xml")))
-        print(title, "(exporting and compiling comes first: minutes for a large model)", sep="\n", flush=True)
+        print(title, flush=True)
         found = measure(
-            model, info, runtimes=runtimes, files=files, batch_size=options.batch_size, seconds=options.seconds
+            model,
+            info,
+            runtimes=runtimes,
+            files=files,
+            batch_size=options.batch_size,
+            seconds=options.seconds,
+            report=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
         )
         print(_table(found, options.batch_size), end="\n\n", flush=True)
     return 0

@@ -21,7 +21,7 @@ from mlfast.models import MultilabelClassifier
 
 RUNTIMES = ("eager", "compiled", "onnxruntime", "openvino")
 _TURNS = 3  # each contestant runs in blocks of its own, which come round in turn: the machine drifts
-_FEWEST, _MOST = 2, 50  # calls in a block
+_MOST = 50  # calls in a block
 
 Call = Callable[[np.ndarray], np.ndarray]  # normalised images [B, 3, H, W] -> probabilities [B, K]
 Contestant = Callable[[], Call]  # what makes it ready
@@ -54,6 +54,7 @@ def measure(
     files: tuple[Path, ...] = (),
     batch_size: int = 16,
     seconds: float = 2.0,
+    report: Callable[[str], None] = lambda line: None,
 ) -> list[Speed]:
     """Time a model in every runtime, on normalised images in memory: reading and resizing them is the same for all.
 
@@ -66,25 +67,31 @@ def measure(
         runtimes: some of `RUNTIMES`.
         files: exported files of the same model, such as an int8 one, to be timed too.
         batch_size: for the throughput.
-        seconds: for each contestant, latency and throughput each; a slow one gets six calls all the same.
+        seconds: for each contestant, latency and throughput each; a slow one gets three calls all the same.
+        report: receives a line whenever something is done: exporting and compiling a large model takes minutes.
     """
-    pixels = sample_images(info.image_size)
-    inputs = normalised(pixels, info)
-    truth = _eager(model.eval())(inputs)
-    alone, batch = inputs[:1], np.resize(inputs, (batch_size, *inputs.shape[1:]))
+    images = normalised(sample_images(info.image_size), info)
+    alone, batch = images[:1], np.resize(images, (batch_size, *images.shape[1:]))
+    truth = _eager(model.eval())(batch)
     with tempfile.TemporaryDirectory(prefix="mlfast-bench-") as scratch:
         ready: dict[str, Call] = {}
         results: dict[str, Speed] = {}
         for name, make in _contestants(model, info, runtimes, files, Path(scratch)):
+            start = time.perf_counter()
             try:
                 call = make()
-                found = call(inputs)
+                call(alone)
+                found = call(batch)
             except Exception as error:  # whatever a runtime has against a model is what the user asked to see
                 results[name] = Speed(name, problem=_reason(error))
                 continue
             ready[name] = call
             results[name] = Speed(name, difference=float(np.abs(found - truth).max()))
-        latencies, batches = take_turns(ready, alone, seconds), take_turns(ready, batch, seconds)
+            report(f"{name}: ready after {time.perf_counter() - start:.0f} s")
+        report("timing one image")
+        latencies = take_turns(ready, alone, seconds)
+        report(f"timing batches of {batch_size}")
+        batches = take_turns(ready, batch, seconds)
     return [
         Speed(name, latencies[name], batch_size / batches[name], result.difference) if name in ready else result
         for name, result in results.items()
@@ -169,16 +176,17 @@ def has_bfloat16() -> bool:
 
 
 def take_turns(calls: dict[str, Call], inputs: np.ndarray, seconds: float) -> dict[str, float]:
-    """Median seconds of a call of each, in blocks that come round in turn."""
-    sizes = {}
-    for name, call in calls.items():
-        call(inputs)  # compiles, allocates
-        sizes[name] = min(_MOST, max(_FEWEST, int(seconds / _TURNS / max(_seconds(call, inputs), 1e-6))))
+    """Median seconds of a call of each, in blocks that come round in turn; each was called before on such inputs."""
+    sizes = {
+        name: min(_MOST, max(1, int(seconds / _TURNS / max(_seconds(call, inputs), 1e-6))))
+        for name, call in calls.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(_TURNS):
         for name, call in calls.items():
             time.sleep(0.05)  # the threads of the one before stop spinning
-            call(inputs)
+            if sizes[name] > 1:
+                call(inputs)  # caches are filled; a single call is so long that it makes no difference
             times[name] += [_seconds(call, inputs) for _ in range(sizes[name])]
     return {name: statistics.median(found) for name, found in times.items()}
 

@@ -28,11 +28,22 @@ MLFAST_SIMD void read_hard_labels(const From* __restrict target, T* __restrict y
   for (int64_t i = 0; i < n; ++i) y[i] = target[i] > From(0) ? T(1) : (target[i] < From(0) ? T(-1) : T(0));
 }
 
+// Of thousands of labels few are positive, and most tiles have none of them.
+template <typename From>
+MLFAST_SIMD bool all_zero(const From* __restrict target, int64_t n) {
+  From any = 0;
+  for (int64_t i = 0; i < n; ++i) any |= target[i];
+  return any == 0;
+}
+
 template <typename T>
-MLFAST_SIMD bool all_hard(const T* __restrict y, int64_t n) {
-  int soft = 0;
-  for (int64_t i = 0; i < n; ++i) soft |= ((y[i] > T(0)) & (y[i] != T(1))) | (y[i] != y[i]);
-  return soft == 0;
+MLFAST_SIMD Labels kind_of(const T* __restrict y, int64_t n) {
+  int soft = 0, any = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    soft |= ((y[i] > T(0)) & (y[i] != T(1))) | (y[i] != y[i]);
+    any |= y[i] != T(0);
+  }
+  return soft ? Labels::kSoft : any ? Labels::kHard : Labels::kNegative;
 }
 
 template <typename T>
@@ -160,7 +171,12 @@ TargetTile<T> load_target(const LossTask& task, int64_t begin, int64_t n, T* buf
     using From = std::remove_pointer_t<decltype(type)>;
     const From* from = static_cast<const From*>(task.target) + begin;
     if constexpr (std::is_integral_v<From>) {
+      if (!smoothed && all_zero(from, n)) {
+        tile.labels = Labels::kNegative;
+        return;
+      }
       read_hard_labels(from, buffer, n);
+      tile.labels = Labels::kHard;
       return;
     } else if constexpr (std::is_same_v<From, T>) {
       if (smoothed) {
@@ -171,7 +187,7 @@ TargetTile<T> load_target(const LossTask& task, int64_t begin, int64_t n, T* buf
     } else {
       convert(from, buffer, n);
     }
-    if (!all_hard(tile.y, n)) tile.labels = Labels::kSoft;
+    tile.labels = kind_of(tile.y, n);
   });
   if (smoothed) {
     smooth(buffer, static_cast<T>(task.label_smoothing), n);
@@ -246,7 +262,8 @@ struct TileWorker {
     const TargetTile<T> target = load_target(task, begin, n, y);
 
     formula(target.labels, c, target.y, loss_out, grad_out, n);
-    if (target.labels == Labels::kNegative) patch_positives(task, formula, begin, n, c, loss_out, grad_out);
+    if (task.indptr && target.labels == Labels::kNegative)
+      patch_positives(task, formula, begin, n, c, loss_out, grad_out);
     if (task.class_weight) {
       load_class_weight(task, begin, n, weight);
       multiply(loss_out, weight, n);

@@ -71,11 +71,11 @@ MLFAST_SIMD void exponentials(const T* __restrict x, double largest, double slop
   }
 }
 
-// weights = exp(leaky(own + src) - peak) where the mask is set: the larger of the two branches of leaky, since its slope
-// is at most 1, each from factors.
+// weights = exp(leaky(own + src) - peak) where the mask is set: the larger of the two branches of leaky, since its
+// slope is at most 1, each from factors.
 template <typename T>
-MLFAST_SIMD T combine(const T* __restrict rising, T up, const T* __restrict falling, T down,
-                      Mask mask, T* __restrict weights, int64_t n) {
+MLFAST_SIMD T combine(const T* __restrict rising, T up, const T* __restrict falling, T down, Mask mask,
+                      T* __restrict weights, int64_t n) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
@@ -89,8 +89,8 @@ MLFAST_SIMD T combine(const T* __restrict rising, T up, const T* __restrict fall
 
 // The same for scores that cannot be factorised.
 template <typename T>
-MLFAST_SIMD T combine_any(const T* __restrict src, double own, double slope, double largest,
-                          Mask mask, T* __restrict weights, int64_t n) {
+MLFAST_SIMD T combine_any(const T* __restrict src, double own, double slope, double largest, Mask mask,
+                          T* __restrict weights, int64_t n) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {

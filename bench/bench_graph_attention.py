@@ -1,8 +1,8 @@
 """graph_attention against eager PyTorch, torch.compile and torch_geometric, forward + backward.
 
 The op's peers are the dense formula, eager and compiled. The layer's peer is torch_geometric's GATConv with the same
-weights on the same edges, whole against whole: both make the same products of features and weights. ``product alone``
-is that product, with its gradients.
+weights on the same edges: whole against whole, where both make the same product of features and weights by PyTorch
+(``product alone`` is that product, with its gradients), and the attention of both with the product taken out.
 """
 
 import pytest
@@ -79,10 +79,10 @@ def growth(nodes, neighbours):
     return {"growth": points} if points else {}
 
 
-def gatconv(layer, heads, features):
+def gatconv(layer, heads, features, in_features):
     """torch_geometric's layer with the same weights."""
     geometric = pytest.importorskip("torch_geometric.nn", reason="torch_geometric is not installed")
-    peer = geometric.GATConv(IN_FEATURES, features, heads, add_self_loops=False, bias=False)
+    peer = geometric.GATConv(in_features, features, heads, add_self_loops=False, bias=False)
     peer.load_state_dict(layer.state_dict())
     return peer
 
@@ -123,39 +123,55 @@ def bench_graph_attention(benchmark, record, device, quick, size):
     )
 
 
+def with_gradients(module, x, *neighbourhood):
+    """A call that runs the module forward and backward and returns the gradients of its weights and input."""
+    incoming = torch.randn_like(module(x, *neighbourhood))
+
+    def run():
+        module.zero_grad()
+        x.grad = None
+        module(x, *neighbourhood).backward(incoming)
+        return [x.grad, *(parameter.grad for parameter in module.parameters())]
+
+    return run
+
+
+def assert_same_gradients(mine, theirs):
+    for one, other in zip(mine(), theirs(), strict=True):
+        if other is not None:  # x needs none where it is the label vectors
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("part", ["whole", "attention"])
 @pytest.mark.parametrize("size", [size for size in SIZES if "mask" not in size])
-def bench_graph_attention_layer(benchmark, record, device, quick, size):
+def bench_graph_attention_layer(benchmark, record, device, quick, size, part):
     if quick and size != QUICK:
         pytest.skip("left out of --quick")
     nodes, heads, features, neighbours = SIZES[size]
-    edges = edges_of(nodes, neighbours).to(device)
-    graph = Graph.from_edges(edges, nodes)
-    layer = GraphAttention(IN_FEATURES, features, heads).to(device)
-    peer = gatconv(layer, heads, features).to(device)
-    x, incoming = torch.randn(nodes, IN_FEATURES, device=device), torch.randn(nodes, heads * features, device=device)
-
-    def step(module, *neighbourhood):
-        def run():
-            module.zero_grad()
-            module(x, *neighbourhood).backward(incoming)
-            return [parameter.grad for parameter in module.parameters()]
-
-        return run
-
-    steps = {"mlfast": step(layer, graph), "GATConv": step(peer, edges)}
-    for name, mine, theirs in zip(dict(layer.named_parameters()), *(run() for run in steps.values()), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item(), msg=name)
-    steps["product alone"] = step(torch.nn.Linear(IN_FEATURES, heads * features, bias=False, device=device))
+    edges, width = edges_of(nodes, neighbours).to(device), heads * features
+    graph, in_features = Graph.from_edges(edges, nodes), IN_FEATURES if part == "whole" else width
+    layer = GraphAttention(in_features, features, heads).to(device)
+    peer = gatconv(layer, heads, features, in_features).to(device)
+    x = torch.randn(nodes, in_features, device=device, requires_grad=part == "attention")
+    if part == "attention":
+        layer.lin = peer.lin = torch.nn.Identity()
+    torch.manual_seed(0)
+    steps = {"mlfast": with_gradients(layer, x, graph)}
+    torch.manual_seed(0)
+    steps["GATConv"] = with_gradients(peer, x, edges)
+    assert_same_gradients(*steps.values())
+    if part == "whole":
+        steps["product alone"] = with_gradients(torch.nn.Linear(in_features, width, bias=False, device=device), x)
     medians = race(benchmark, steps, [()] * 3, "mlfast", rounds_for(nodes // 2, quick))
-    width = heads * features
+    product = nodes * in_features if part == "whole" else 0
     record(
         op="graph_attention_layer",
-        case=size,
+        case=size if part == "whole" else f"{size}, attention alone",
         size=size,
         mode="layer",  # the README's table of training steps holds eager and compiled PyTorch, which are not here
         # Those of the op, and of the product: x is read twice, its weights once, and their gradient is written.
-        bytes=4 * (width * (2 * graph.num_edges + 5 * nodes) + 2 * (nodes + width) * IN_FEATURES),
-        multiply_adds=width * (3 * graph.num_edges + 2 * nodes * IN_FEATURES),
-        **growth(nodes, neighbours),
+        bytes=4 * (width * (2 * graph.num_edges + 5 * nodes) + (2 * (nodes + width) * in_features if product else 0)),
+        multiply_adds=width * 3 * graph.num_edges + 2 * width * product,
+        **(growth(nodes, neighbours) if part == "whole" else {}),
         median_us=in_microseconds(medians),
     )

@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mlfast.torchvision_compat import import_torchvision
@@ -56,10 +57,19 @@ def _create(timm: Any, name: str, arguments: dict[str, Any]) -> Any:
 
 def extract_features(backbone: Any, images: Tensor) -> Tensor:
     """Images ``[B, 3, H, W]`` to what the heads take: a map ``[B, S, h, w]``, or tokens ``[B, N, S]``."""
-    features = backbone.forward_features(images)
+    features = backbone.forward_features(_whole_blocks(backbone, images))
     if getattr(backbone, "output_fmt", "NCHW") == "NHWC":  # Swin and its kin
         features = features.permute(0, 3, 1, 2)
     return features
+
+
+def _whole_blocks(backbone: Any, images: Tensor) -> Tensor:
+    """TResNets begin with blocks of 4 x 4 pixels: other sizes get rows and columns of 0, which is the mean colour."""
+    blocks = getattr(getattr(backbone, "body", None), "s2d", None)
+    if blocks is None:
+        return images
+    down, right = (-size % blocks.bs for size in images.shape[2:])
+    return F.pad(images, (0, right, 0, down)) if down or right else images
 
 
 @torch.no_grad()

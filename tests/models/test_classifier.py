@@ -74,6 +74,15 @@ def test_a_backbone_whose_pooling_cannot_be_left_out():
         assert create_model("efficientvit_b0", 3, cosine=False).classifier.in_features == 128
 
 
+def test_tresnets_take_sizes_that_are_no_multiple_of_their_blocks():
+    torch.manual_seed(0)
+    model = create_model("tresnet_m", 3).eval()
+    images = torch.randn(1, 3, 65, 67)
+    with torch.no_grad():
+        padded = torch.nn.functional.pad(images, (0, 1, 0, 3))
+        torch.testing.assert_close(model(images), model(padded))
+
+
 def test_a_backbone_without_one_feature_map_is_refused():
     message = r"'coat_tiny' gives features list, but the heads need a feature map .* choose a convolutional backbone"
     with torch.device("meta"), pytest.raises(ValueError, match=message):

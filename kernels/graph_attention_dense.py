@@ -112,7 +112,7 @@ def dense_grad_kernel(
             keep = keep_factor(tl.load(seed), head, i, column, threshold, scale)
             g *= keep.to(tl.float64)
             tl.store(weights + offset + column, weight * keep.to(T), mask=inside)
-        g = weight.to(tl.float64) * normalise * (g - mean)
+        g = tl.where(weight == 0.0, 0.0, weight.to(tl.float64) * normalise * (g - mean))  # even where mean is NaN
         src = tl.load(score_src + head * nodes + column, mask=inside, other=0.0)
         g = tl.where(own + src > 0, g, negative_slope * g)
         by_dst += tl.where(inside, g, 0.0)

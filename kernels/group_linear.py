@@ -5,7 +5,7 @@ or weight is. Results are bit-equal from run to run: the order of every addition
 
 One slot per group makes sums of rows; more make `tl.dot`, with slots padded to 16. Where x and weight both have 16 bits
 the dot is TF32: their values are exact in it, and rounding those of the incoming gradient costs less than rounding the
-result. Otherwise it is exact float32, unless torch.backends.cuda.matmul.allow_tf32 allows less.
+result. Otherwise it is exact float32, unless PyTorch's switches for TF32 allow less.
 These kernels run under Triton's interpreter (TRITON_INTERPRET=1) and compile for sm_80, sm_90 and sm_100; they were not
 tested on a GPU.
 """
@@ -210,12 +210,18 @@ def grad_weight_kernel(
 Sizes = tuple[int, int, int, int, int, bool]  # batch, groups, features, slots, classes, cosine
 
 
+def allows_tf32() -> bool:
+    """Whether float32 products may be made of TF32. Since PyTorch 2.9 there are two switches, of which one raises."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
 def options(sizes: Sizes, x: torch.Tensor, weight: torch.Tensor) -> dict[str, object]:
     """The constants of a launch."""
     slots, cosine = sizes[3], sizes[5]
     double = torch.float64 in (x.dtype, weight.dtype)
     sixteen_bits = x.element_size() == weight.element_size() == 2
-    tf32 = sixteen_bits or torch.backends.cuda.matmul.allow_tf32
+    tf32 = sixteen_bits or allows_tf32()
     return {
         "COSINE": cosine,
         "DOUBLE": double,

@@ -35,7 +35,7 @@ MLFAST_SIMD T exp_logits(const T* __restrict src, T own, T slope, T largest, T* 
 }
 
 // With P = weights / their sum, turns gradients by P into gradients by own + src; returns their sum. That sum is what
-// is left of terms that cancel, hence double.
+// is left of terms that cancel, hence double. Where P is 0 so is the gradient, even in a row whose sum is NaN.
 template <typename T>
 MLFAST_SIMD T logit_gradients(const T* __restrict weights, const T* __restrict src, T own, double slope,
                               T* __restrict grad, int64_t n) {
@@ -48,7 +48,8 @@ MLFAST_SIMD T logit_gradients(const T* __restrict weights, const T* __restrict s
   const double normalise = total == 0 ? 0 : 1 / total, mean = weighted * normalise;
 #pragma omp simd reduction(+ : sum)
   for (int64_t e = 0; e < n; ++e) {
-    const double by_logit = static_cast<double>(weights[e]) * normalise * (static_cast<double>(grad[e]) - mean);
+    const double finite = static_cast<double>(weights[e]) * normalise * (static_cast<double>(grad[e]) - mean);
+    const double by_logit = weights[e] == T(0) ? 0 : finite;
     const double by_score = own + src[e] > T(0) ? by_logit : slope * by_logit;
     grad[e] = static_cast<T>(by_score);
     sum += by_score;

@@ -68,14 +68,6 @@ void project(T* grad, const T* v, T inverse, int64_t n) {
   subtract(grad, static_cast<T>(dot(grad, v, n) * static_cast<double>(inverse)), inverse, v, n);
 }
 
-// Calls body(i) for the n rows, on as many threads as `elements` in all deserve.
-template <typename Body>
-void for_rows(int64_t n, int64_t elements, const Body& body) {
-  const int threads = threads_for(elements / kReadsPerLoss);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t i = 0; i < n; ++i) body(i);
-}
-
 // Calls f with a null pointer of the type: float or double.
 template <typename F>
 void with_computing_type(DType type, const F& f) {
@@ -92,7 +84,8 @@ void cosine_linear_inverse_norms(const Vectors& vectors, void* inverse) {
     const int64_t n = vectors.length;
     const auto* values = static_cast<const T*>(vectors.values);
     auto* to = static_cast<T*>(inverse);
-    for_rows(vectors.count, vectors.count * n, [&](int64_t i) { to[i] = inverse_norm(values + i * n, n); });
+    for_each(vectors.count, vectors.count * n / kReadsPerLoss,
+             [&](int64_t i) { to[i] = inverse_norm(values + i * n, n); });
   });
 }
 
@@ -103,7 +96,7 @@ void cosine_linear_scale(const Scaling& scaling) {
     const auto *from = static_cast<const T*>(scaling.from), *inverse_x = static_cast<const T*>(scaling.inverse_x),
                *inverse_w = static_cast<const T*>(scaling.inverse_w);
     auto* to = static_cast<T*>(scaling.to);
-    for_rows(scaling.batch, scaling.batch * n,
+    for_each(scaling.batch, scaling.batch * n / kReadsPerLoss,
              [&](int64_t b) { scale_row(from + b * n, inverse_x[b], inverse_w, to + b * n, n); });
   });
 }
@@ -114,7 +107,7 @@ void cosine_linear_project(const Vectors& vectors, const void* inverse, void* gr
     const int64_t n = vectors.length;
     const auto *values = static_cast<const T*>(vectors.values), *inverses = static_cast<const T*>(inverse);
     auto* grads = static_cast<T*>(grad);
-    for_rows(vectors.count, vectors.count * n,
+    for_each(vectors.count, vectors.count * n / kReadsPerLoss,
              [&](int64_t i) { project(grads + i * n, values + i * n, inverses[i], n); });
   });
 }

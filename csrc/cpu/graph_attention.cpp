@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -252,13 +253,17 @@ void sum_column(const Attention& attention, const SparseAttentionBackward& t, in
 template <typename T, typename Body>
 void for_nodes(const Attention& attention, int64_t edges, int64_t width, const Body& body) {
   const int threads = threads_for((edges + attention.nodes) * attention.heads * width / kProductsPerLoss);
+  FirstError error;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const FlushSubnormals flush;
-    Scratch<T> scratch(attention.features);
+    std::optional<Scratch<T>> scratch;
+    error.guard([&] { scratch.emplace(attention.features); });
 #pragma omp for schedule(dynamic, kRowsPerTurn)
-    for (int64_t node = 0; node < attention.nodes; ++node) body(node, scratch);
+    for (int64_t node = 0; node < attention.nodes; ++node)
+      if (scratch) error.guard([&] { body(node, *scratch); });
   }
+  error.rethrow();
 }
 
 }  // namespace

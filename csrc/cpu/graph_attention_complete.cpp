@@ -29,17 +29,6 @@ constexpr int64_t kSweptPerLoss = 16;
 
 int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Calls body(i) for i in [0, n), on as many threads as `elements` in all deserve.
-template <typename Body>
-void for_each(int64_t n, int64_t elements, const Body& body) {
-  const int threads = static_cast<int>(std::min<int64_t>(n, threads_for(elements / kSweptPerLoss)));
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t i = 0; i < n; ++i) {
-    const FlushSubnormals flush;
-    body(i);
-  }
-}
-
 // Calls f with a null pointer of the type, which is a floating-point one.
 template <typename F>
 void with_float_type(DType type, const F& f) {
@@ -150,7 +139,7 @@ void merge_all(const CompleteAttention& size, const CompleteAttentionForward& te
   with_float_type(size.score_type, [&](auto* type) {
     const auto *src = static_cast<decltype(type)>(const_cast<void*>(tensors.score_src)),
                *dst = static_cast<decltype(type)>(const_cast<void*>(tensors.score_dst));
-    for_each(size.heads, size.heads * items, [&](int64_t head) {
+    for_each_flushing(size.heads, size.heads * items / kSweptPerLoss, [&](int64_t head) {
       double* score = scores.get() + head * items;
       for (int64_t i = 0; i < size.nodes; ++i) {
         score[i] = static_cast<double>(widen(dst[i * size.heads + head]));
@@ -312,14 +301,14 @@ struct Sweeps {
 
   template <typename Body>
   void for_each_chunk(const Body& body) const {
-    for_each(size.heads * chunks, elements, [&](int64_t i) {
+    for_each_flushing(size.heads * chunks, elements / kSweptPerLoss, [&](int64_t i) {
       for (int64_t column = 0; column < size.columns; column += kColumns) body(chunk(i / chunks, i % chunks, column));
     });
   }
 
   void scan() const {
     const int64_t tiles = ceil_div(size.columns, kColumns);
-    for_each(4 * size.heads * tiles, 4 * part, [&](int64_t i) {
+    for_each_flushing(4 * size.heads * tiles, 4 * part / kSweptPerLoss, [&](int64_t i) {
       const int64_t head = i / tiles, first = i % tiles * kColumns;  // heads of all four parts
       const bool from_right = head >= 2 * size.heads;
       if (x[head / size.heads % 2] == nullptr) return;
@@ -408,7 +397,7 @@ void graph_attention_complete_backward(const CompleteAttention& size, const Comp
   with_float_type(size.score_type, [&](auto* pointer) {
     using Score = std::remove_pointer_t<decltype(pointer)>;
     const auto of_head = [](void* grad, int64_t head) { return grad ? static_cast<Score*>(grad) + head : nullptr; };
-    for_each(size.heads, all, [&](int64_t head) {
+    for_each_flushing(size.heads, all / kSweptPerLoss, [&](int64_t head) {
       double* left = dots.get() + head * 2 * size.nodes;
       grad_scores(size, HeadOrder(size, tensors.merged, head), left, left + all, left + 2 * all,
                   of_head(tensors.grad_src, head), of_head(tensors.grad_dst, head));

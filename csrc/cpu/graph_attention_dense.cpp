@@ -4,7 +4,6 @@
 // A row, or a tile of columns where columns are added up, belongs to one thread, so results are bit-equal for any
 // number of threads.
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -25,11 +24,11 @@ constexpr double kWidestSpread = 16;
 // Bytes, not bool, of which GCC makes no vectors.
 using Mask = const uint8_t* __restrict;
 
-// set ? x : other, for a byte of 0 or 1. Written as a choice, GCC compares bytes and makes vectors of eight.
+// set ? x : other. Written as a choice, GCC makes vectors of eight bytes.
 template <typename T>
-MLFAST_HD T choose(uint8_t set, T x, T other) {
+MLFAST_HD T select(uint8_t set, T x, T other) {
   using Bits = std::conditional_t<std::is_same_v<T, float>, uint32_t, uint64_t>;
-  const Bits all = Bits(0) - Bits(set);
+  const Bits all = Bits(0) - Bits(set != 0);
   return __builtin_bit_cast(T, (__builtin_bit_cast(Bits, x) & all) | (__builtin_bit_cast(Bits, other) & ~all));
 }
 
@@ -38,7 +37,7 @@ MLFAST_SIMD T largest_of(const T* __restrict x, Mask mask, int64_t n) {
   T largest = -std::numeric_limits<T>::infinity();
 #pragma omp simd reduction(max : largest)
   for (int64_t j = 0; j < n; ++j) {
-    const T found = choose(mask[j], x[j], -std::numeric_limits<T>::infinity());
+    const T found = select(mask[j], x[j], -std::numeric_limits<T>::infinity());
     largest = found > largest ? found : largest;
   }
   return largest;
@@ -80,7 +79,7 @@ MLFAST_SIMD T combine(const T* __restrict rising, T up, const T* __restrict fall
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
     const T above = rising[j] * up, below = falling[j] * down;
-    const T weight = choose(mask[j], std::max(above, below), T(0));
+    const T weight = select(mask[j], std::max(above, below), T(0));
     weights[j] = weight;
     sum += weight;
   }
@@ -95,16 +94,17 @@ MLFAST_SIMD T combine_any(const T* __restrict src, double own, double slope, dou
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
     const T any = exp_precise<T>(logit_below_largest(own, static_cast<double>(src[j]), largest, slope));
-    const T weight = choose(mask[j], any, T(0));
+    const T weight = select(mask[j], any, T(0));
     weights[j] = weight;
     sum += weight;
   }
   return sum;
 }
 
+// A factor of NaN leaves zeros: the row does not attend there.
 template <typename T>
 MLFAST_SIMD void scale(T* __restrict x, T factor, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) x[j] *= factor;
+  for (int64_t j = 0; j < n; ++j) x[j] = x[j] == T(0) ? T(0) : x[j] * factor;
 }
 
 template <typename T>
@@ -142,7 +142,7 @@ struct HeadScores {
 
   // The weights of row i over the neighbours in its mask: they add up to 1, or are 0 where it has none.
   void row(int64_t i, Mask mask, T* weights) const {
-    if (memchr(mask, 1, static_cast<size_t>(nodes)) == nullptr) {
+    if (std::all_of(mask, mask + nodes, [](uint8_t set) { return set == 0; })) {
       std::fill_n(weights, nodes, T(0));
       return;
     }
@@ -159,17 +159,6 @@ struct HeadScores {
   }
 };
 
-// Calls body(i) for i in [0, n), on as many threads as `weights` in all deserve.
-template <typename Body>
-void for_each(int64_t n, int64_t weights, const Body& body) {
-  const int threads = threads_for(weights / kWeightsPerLoss);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t i = 0; i < n; ++i) {
-    const FlushSubnormals flush;
-    body(i);
-  }
-}
-
 template <typename T>
 void dense_weights(const Attention& a, const DenseRows& block) {
   const std::vector<uint8_t> everyone(static_cast<size_t>(a.nodes), 1);
@@ -178,7 +167,7 @@ void dense_weights(const Attention& a, const DenseRows& block) {
   for (int64_t head = 0; head < a.heads; ++head) {
     const HeadScores<T> scores(a, head, everyone.data());
     T* weights = static_cast<T*>(block.weights) + head * block.rows * a.nodes;
-    for_each(block.rows, block.rows * a.nodes, [&](int64_t r) {
+    for_each_flushing(block.rows, block.rows * a.nodes / kWeightsPerLoss, [&](int64_t r) {
       const int64_t i = block.first + r;
       T* row = weights + r * a.nodes;
       scores.row(i, mask ? mask + i * a.nodes : everyone.data(), row);
@@ -193,7 +182,7 @@ void dense_backward(const Attention& a, const DenseRows& block, const DenseRowsB
   const Keep<T> keep(a);
   auto* grad_src = static_cast<T*>(grads.grad_score_src);
   auto* grad_dst = static_cast<T*>(grads.grad_score_dst);
-  for_each(a.heads * block.rows, a.heads * size, [&](int64_t at) {
+  for_each_flushing(a.heads * block.rows, a.heads * size / kWeightsPerLoss, [&](int64_t at) {
     const int64_t head = at / block.rows, i = block.first + at % block.rows;
     T* weights = static_cast<T*>(block.weights) + at * nodes;
     T* grad = static_cast<T*>(grads.grad) + at * nodes;
@@ -205,7 +194,7 @@ void dense_backward(const Attention& a, const DenseRows& block, const DenseRowsB
     if (a.seed) drop(keep, of_head, of_row, weights, nodes);
   });
   const int64_t tiles = (nodes + kColumnTile - 1) / kColumnTile;
-  for_each(a.heads * tiles, a.heads * size, [&](int64_t at) {
+  for_each_flushing(a.heads * tiles, a.heads * size / kWeightsPerLoss, [&](int64_t at) {
     const int64_t head = at / tiles, first = at % tiles * kColumnTile, n = std::min(kColumnTile, nodes - first);
     const T* grad = static_cast<const T*>(grads.grad) + head * size + first;
     T sum[kColumnTile] = {};

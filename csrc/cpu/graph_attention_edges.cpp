@@ -8,13 +8,15 @@
 namespace mlfast::cpu {
 namespace {
 
-// Calls f(column) for every true entry of a row: eight bytes of 0 or 1 (little-endian) become eight bits by a product.
+// Calls f(column) for every true entry of a row: eight bytes (little-endian) become 0 or 1 each, and eight bits by a
+// product. True may be any byte but 0, in a tensor that is a view of bytes.
 template <typename F>
 void for_true(const bool* row, int64_t n, const F& f) {
   int64_t j = 0;
   for (; j + 8 <= n; j += 8) {
     uint64_t eight;
     memcpy(&eight, row + j, sizeof eight);
+    eight = (((eight & 0x7f7f7f7f7f7f7f7f) + 0x7f7f7f7f7f7f7f7f) | eight) >> 7 & 0x0101010101010101;
     for (auto set = static_cast<unsigned>(eight * 0x0102040810204080 >> 56); set != 0; set &= set - 1)
       f(j + __builtin_ctz(set));
   }
@@ -24,12 +26,12 @@ void for_true(const bool* row, int64_t n, const F& f) {
 
 MLFAST_SIMD int64_t count_true(const uint8_t* row, int64_t n) {
   int64_t count = 0;
-  for (int64_t j = 0; j < n; ++j) count += row[j];
+  for (int64_t j = 0; j < n; ++j) count += row[j] != 0;
   return count;
 }
 
 MLFAST_SIMD void add_true(const uint8_t* __restrict row, int32_t* __restrict counts, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) counts[j] += row[j];
+  for (int64_t j = 0; j < n; ++j) counts[j] += row[j] != 0;
 }
 
 }  // namespace

@@ -55,9 +55,8 @@ MLFAST_SIMD void add(const T* __restrict x, T* __restrict to, int64_t n) {
 template <typename Body>
 void for_node_chunks(const AttentionVectors& a, const Body& body) {
   const int64_t chunks = (a.nodes + kChunk - 1) / kChunk;
-  const int threads = threads_for(a.nodes * a.heads * a.features / kProductsPerLoss);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) body(chunk, chunk * kChunk, std::min(a.nodes, (chunk + 1) * kChunk));
+  for_each(chunks, a.nodes * a.heads * a.features / kProductsPerLoss,
+           [&](int64_t chunk) { body(chunk, chunk * kChunk, std::min(a.nodes, (chunk + 1) * kChunk)); });
 }
 
 template <typename T>

@@ -221,8 +221,11 @@ struct Backward {
 template <typename Run>
 void for_ranges(const GroupLinearSizes& sizes, const Run& run) {
   const int threads = threads_for_groups(sizes);
+  FirstError error;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t i = 0; i < threads; ++i) run(i * sizes.groups / threads, (i + 1) * sizes.groups / threads);
+  for (int64_t i = 0; i < threads; ++i)
+    error.guard([&] { run(i * sizes.groups / threads, (i + 1) * sizes.groups / threads); });
+  error.rethrow();
 }
 
 }  // namespace

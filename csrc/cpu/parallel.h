@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -56,17 +57,50 @@ class FlushSubnormals {
 #endif
 };
 
-// Calls body(chunk, begin, end) for each chunk of [0, n).
+// An exception that leaves a parallel region ends the process. So the first one is kept, and thrown behind the region.
+class FirstError {
+ public:
+  template <typename Body>
+  void guard(const Body& body) {
+    try {
+      body();
+    } catch (...) {
+#pragma omp critical(mlfast_first_error)
+      if (!error_) error_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::exception_ptr error_;
+};
+
+// Calls body(i) for i in [0, n), on as many threads as so many elements of a loss deserve.
+template <typename Body>
+void for_each(int64_t n, int64_t elements, const Body& body) {
+  const int threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(n, threads_for(elements))));
+  FirstError error;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t i = 0; i < n; ++i) error.guard([&] { body(i); });
+  error.rethrow();
+}
+
+// The same without subnormal results.
+template <typename Body>
+void for_each_flushing(int64_t n, int64_t elements, const Body& body) {
+  for_each(n, elements, [&](int64_t i) {
+    const FlushSubnormals flush;
+    body(i);
+  });
+}
+
+// Calls body(chunk, begin, end) for each chunk of [0, n), without subnormal results.
 template <typename Body>
 void for_chunks(int64_t n, const Body& body) {
   const int64_t size = chunk_size(n);
-  const int64_t chunks = (n + size - 1) / size;
-  const int threads = threads_for(n);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t c = 0; c < chunks; ++c) {
-    const FlushSubnormals flush;
-    body(c, c * size, std::min(n, (c + 1) * size));
-  }
+  for_each_flushing((n + size - 1) / size, n, [&](int64_t c) { body(c, c * size, std::min(n, (c + 1) * size)); });
 }
 
 }  // namespace mlfast::cpu

@@ -264,21 +264,13 @@ struct Backward {
   }
 };
 
-// Calls body(i) for i in [0, n), on as many threads as `elements` in all deserve.
-template <typename Body>
-void for_each(int64_t n, int64_t elements, const Body& body) {
-  const int threads = threads_for(elements / kReadsPerLoss);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t i = 0; i < n; ++i) body(i);
-}
-
 // Calls row(i) for every row of positions, or channel_tile(image, first channel) for every tile in channels_last.
 template <typename Pass>
 void for_map(const FeatureMap& map, const Pass& pass) {
   const int64_t rows = map.batch * map.channels;
-  if (!map.channels_last) return for_each(rows, rows * map.positions, [&](int64_t i) { pass.row(i); });
+  if (!map.channels_last) return for_each(rows, rows * map.positions / kReadsPerLoss, [&](int64_t i) { pass.row(i); });
   const int64_t tiles = (map.channels + kChannelTile - 1) / kChannelTile;
-  for_each(map.batch * tiles, rows * map.positions,
+  for_each(map.batch * tiles, rows * map.positions / kReadsPerLoss,
            [&](int64_t i) { pass.channel_tile(i / tiles, i % tiles * kChannelTile); });
 }
 
@@ -311,7 +303,7 @@ void reweight_pool_backward(const FeatureMap& map, const ReweightPoolBackward& t
       for_map(map, backward);
     }
     if (backward.grad_weight)
-      for_each((map.channels + kChannelTile - 1) / kChannelTile, rows,
+      for_each((map.channels + kChannelTile - 1) / kChannelTile, rows / kReadsPerLoss,
                [&](int64_t i) { backward.weight_tile(i * kChannelTile); });
   });
 }

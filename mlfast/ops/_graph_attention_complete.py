@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import leaky_relu
 
 from mlfast.backends import _native, choose, is_exporting
+from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
 
@@ -86,13 +87,9 @@ def launch_backward(
     return tuple(grads)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _launch_cpu(negative_slope: float, value: Tensor, score_src: Tensor, *tensors: Tensor) -> None:
     types = CODES[value.dtype], CODES[score_src.dtype]
-    addresses = map(_address, (value, score_src, *tensors))
+    addresses = map(address, (value, score_src, *tensors))
     _native.graph_attention_complete_cpu(*value.shape, *types, negative_slope, *addresses)
 
 
@@ -100,7 +97,7 @@ def _launch_backward_cpu(
     negative_slope: float, score_dtype: torch.dtype, grad_out: Tensor, *tensors: Tensor | None
 ) -> None:
     types = CODES[grad_out.dtype], CODES[score_dtype]
-    addresses = map(_address, (grad_out, *tensors))
+    addresses = map(address, (grad_out, *tensors))
     _native.graph_attention_complete_backward_cpu(*grad_out.shape, *types, negative_slope, *addresses)
 
 
@@ -283,11 +280,8 @@ def complete_attention(value: Tensor, score_src: Tensor, score_dst: Tensor, nega
         common = torch.promote_types(score_src.dtype, score_dst.dtype)
         score_src, score_dst = score_src.to(common), score_dst.to(common)
     tensors = value, score_src, score_dst
-    if torch.compiler.is_compiling() or any(type(t) not in PLAIN for t in tensors):  # subclasses need the dispatcher
+    if needs_dispatcher(*tensors):
         return torch.ops.mlfast.graph_attention_complete(*tensors, negative_slope)[0]
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        return launch(backend, *tensors, negative_slope)[0]
-    return CompleteAttentionFunction.apply(*tensors, negative_slope, backend)
-
-
-PLAIN = (Tensor, torch.nn.Parameter)
+    if is_recorded(*tensors):
+        return CompleteAttentionFunction.apply(*tensors, negative_slope, backend)
+    return launch(backend, *tensors, negative_slope)[0]

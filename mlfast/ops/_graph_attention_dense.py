@@ -14,6 +14,7 @@ from torch import Tensor
 from mlfast.backends import _native, choose
 from mlfast.graph import dense_from
 from mlfast.ops import _graph_attention_sparse as sparse
+from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
 
@@ -98,7 +99,7 @@ def few_edges(backend: str, mask: Tensor | None) -> sparse.Edges | None:
     indices, indices_t = (torch.empty(count, dtype=torch.int32) for _ in range(2))
     edges_t = torch.empty(count, dtype=torch.int64)
     found = indices, indptr_t, indices_t, edges_t
-    _native.graph_attention_list_edges_cpu(mask.data_ptr(), nodes, *map(_address, found))
+    _native.graph_attention_list_edges_cpu(mask.data_ptr(), nodes, *map(address, found))
     return indptr, *found
 
 
@@ -114,11 +115,7 @@ def by_nodes(tensor: Tensor, like: Tensor) -> Tensor:
 
 def _arguments(src: Tensor, dst: Tensor, numbers: tuple[float, float], seed: Tensor | None) -> tuple:
     heads, nodes = src.shape
-    return CODES[src.dtype], nodes, heads, *numbers, _address(seed), src.data_ptr(), dst.data_ptr()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    return CODES[src.dtype], nodes, heads, *numbers, address(seed), src.data_ptr(), dst.data_ptr()
 
 
 def _weights_cpu(
@@ -131,7 +128,7 @@ def _weights_cpu(
     weights: Tensor,
 ) -> None:
     arguments = *_arguments(src, dst, numbers, seed), first, weights.shape[1]
-    _native.graph_attention_dense_weights_cpu(*arguments, _address(mask), weights.data_ptr())
+    _native.graph_attention_dense_weights_cpu(*arguments, address(mask), weights.data_ptr())
 
 
 def _backward_cpu(
@@ -144,7 +141,7 @@ def _backward_cpu(
     *grads: Tensor,
 ) -> None:
     arguments = *_arguments(src, dst, numbers, seed), first, weights.shape[1]
-    _native.graph_attention_dense_backward_cpu(*arguments, weights.data_ptr(), *map(_address, grads))
+    _native.graph_attention_dense_backward_cpu(*arguments, weights.data_ptr(), *map(address, grads))
 
 
 def _weights_triton(*arguments: Any) -> None:
@@ -182,15 +179,18 @@ class DenseAttentionFunction(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         """Value [K, H, F] and scores [K, H] to [K, H, F]."""
-        ctx.save_for_backward(value, score_src, score_dst, mask)
-        ctx.call = backend, negative_slope, dropout, seed
+        ctx.save_for_backward(value, score_src, score_dst, mask, seed)
+        ctx.call = backend, negative_slope, dropout
         return launch(backend, value, score_src, score_dst, mask, negative_slope, dropout, seed)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by value and scores."""
-        backend, *numbers = ctx.call
-        grads: tuple[Tensor, ...] = launch_backward(backend, grad_out, *ctx.saved_tensors, *numbers)
+        value, score_src, score_dst, mask, seed = ctx.saved_tensors
+        backend, slope, dropout = ctx.call
+        grads: tuple[Tensor, ...] = launch_backward(
+            backend, grad_out, value, score_src, score_dst, mask, slope, dropout, seed
+        )
         if torch.is_grad_enabled():  # create_graph=True
             grads = tuple(map(without_second_derivative, grads))
         return (
@@ -265,8 +265,8 @@ def dense_attention(
 ) -> Tensor:
     """graph_attention on a kernel backend; the arguments have been checked, ``mask`` is bool [K, K] or None."""
     arguments = value, score_src, score_dst, mask, negative_slope, dropout, seed
-    if torch.compiler.is_compiling() or type(value) is not Tensor:  # a subclass finds its way by the dispatcher
+    if needs_dispatcher(value, score_src, score_dst, mask):
         return torch.ops.mlfast.graph_attention_dense(*arguments)
-    if torch.is_grad_enabled() and (value.requires_grad or score_src.requires_grad or score_dst.requires_grad):
+    if is_recorded(value, score_src, score_dst):
         return DenseAttentionFunction.apply(*arguments, backend)
     return launch(backend, *arguments)

@@ -8,20 +8,19 @@ import torch
 from torch import Tensor
 
 from mlfast.backends import _native, choose, is_exporting
+from mlfast.ops._dispatch import address, needs_dispatcher
 from mlfast.ops._dtypes import CODES
 from mlfast.ops._second_derivative import without_second_derivative
-
-PLAIN = (Tensor, torch.nn.Parameter)  # subclasses find their way by the dispatcher
 
 
 def has_kernel(value: Tensor, attention_src: Tensor, attention_dst: Tensor) -> bool:
     """Whether :func:`value_and_scores` serves these: float32 or float64 on the CPU, outside compilers and exporters."""
     tensors = value, attention_src, attention_dst
     return (
-        not (is_exporting() or torch.compiler.is_compiling())
+        not (is_exporting() or needs_dispatcher(*tensors))
         and choose(value.device, ("cpu", "triton")) == "cpu"
         and value.dtype in (torch.float32, torch.float64)
-        and all(t.dtype == value.dtype and type(t) in PLAIN for t in tensors)
+        and all(t.dtype == value.dtype for t in tensors)
     )
 
 
@@ -43,7 +42,8 @@ class ValueAndScoresFunction(torch.autograd.Function):
         tensors = [t.contiguous().resolve_neg() for t in (value, attention_src, attention_dst)]
         scores = value.new_zeros(2, *value.shape[:2])
         if value.numel() > 0:
-            _native.graph_attention_scores_cpu(CODES[value.dtype], *value.shape, *_addresses(*tensors, *scores))
+            addresses = map(address, (*tensors, *scores))
+            _native.graph_attention_scores_cpu(CODES[value.dtype], *value.shape, *addresses)
         ctx.save_for_backward(*tensors)
         return value.view_as(value), scores[0], scores[1]
 
@@ -54,12 +54,8 @@ class ValueAndScoresFunction(torch.autograd.Function):
         grad_outs = tuple(grad.contiguous().resolve_neg() for grad in grad_outs)
         grads = tuple(torch.empty_like(t) for t in ctx.saved_tensors)
         if value.numel() > 0:
-            addresses = _addresses(*ctx.saved_tensors, *grad_outs, *grads)
+            addresses = map(address, (*ctx.saved_tensors, *grad_outs, *grads))
             _native.graph_attention_scores_backward_cpu(CODES[value.dtype], *value.shape, *addresses)
         else:
             grads = tuple(grad.zero_() for grad in grads)
         return tuple(map(without_second_derivative, grads)) if torch.is_grad_enabled() else grads
-
-
-def _addresses(*tensors: Tensor) -> list[int]:
-    return [t.data_ptr() for t in tensors]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mlfast.backends import _native, choose
 from mlfast.graph import Graph
+from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
 
@@ -70,12 +71,8 @@ def computing_score(score: Tensor, value: Tensor) -> Tensor:
     return score.to(computing_dtype(value.dtype)).contiguous().resolve_neg()
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _arguments(value: Tensor, score_src: Tensor, score_dst: Tensor, numbers: Numbers, seed: Tensor | None) -> tuple:
-    return CODES[value.dtype], *value.shape, *numbers, _address(seed), score_src.data_ptr(), score_dst.data_ptr()
+    return CODES[value.dtype], *value.shape, *numbers, address(seed), score_src.data_ptr(), score_dst.data_ptr()
 
 
 def _launch_cpu(
@@ -88,7 +85,7 @@ def _launch_cpu(
     *outs: Tensor,
 ) -> None:
     arguments = _arguments(value, score_src, score_dst, numbers, seed)
-    _native.graph_attention_cpu(*arguments, *map(_address, (*edges[:2], value, *outs)))
+    _native.graph_attention_cpu(*arguments, *map(address, (*edges[:2], value, *outs)))
 
 
 def _launch_backward_cpu(
@@ -101,7 +98,7 @@ def _launch_backward_cpu(
     *tensors: Tensor,
 ) -> None:
     arguments = _arguments(value, score_src, score_dst, numbers, seed)
-    _native.graph_attention_backward_cpu(*arguments, *map(_address, (*edges, value, *tensors)))
+    _native.graph_attention_backward_cpu(*arguments, *map(address, (*edges, value, *tensors)))
 
 
 def _launch_triton(*arguments: Any) -> None:
@@ -139,15 +136,17 @@ class SparseAttentionFunction(torch.autograd.Function):
     ) -> Tensor:
         """Value [K, H, F] and scores [K, H] to [K, H, F]."""
         out, statistics = launch(backend, value, score_src, score_dst, edges, numbers, seed)
-        ctx.save_for_backward(value, score_src, score_dst, statistics)
-        ctx.call = backend, edges, numbers, seed
+        ctx.save_for_backward(value, score_src, score_dst, statistics, *edges, seed)
+        ctx.call = backend, numbers
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by value and scores."""
-        backend, *call = ctx.call
-        grads: tuple[Tensor, ...] = launch_backward(backend, grad_out, *ctx.saved_tensors, *call)
+        backend, numbers = ctx.call
+        value, score_src, score_dst, statistics, *edges, seed = ctx.saved_tensors
+        tensors = value, score_src, score_dst, statistics
+        grads: tuple[Tensor, ...] = launch_backward(backend, grad_out, *tensors, tuple(edges), numbers, seed)
         if torch.is_grad_enabled():  # create_graph=True
             grads = tuple(map(without_second_derivative, grads))
         return (
@@ -230,9 +229,9 @@ def sparse_attention(
 ) -> Tensor:
     """graph_attention on a kernel backend; the arguments have been checked."""
     edges = graph.indptr, graph.indices, graph.indptr_t, graph.indices_t, graph.edges_t
-    if torch.compiler.is_compiling() or type(value) is not Tensor:  # a subclass finds its way by the dispatcher
+    if needs_dispatcher(value, score_src, score_dst):
         return torch.ops.mlfast.graph_attention(value, score_src, score_dst, *edges, negative_slope, dropout, seed)[0]
     numbers = negative_slope, dropout
-    if torch.is_grad_enabled() and (value.requires_grad or score_src.requires_grad or score_dst.requires_grad):
+    if is_recorded(value, score_src, score_dst):
         return SparseAttentionFunction.apply(value, score_src, score_dst, edges, numbers, seed, backend)
     return launch(backend, value, score_src, score_dst, edges, numbers, seed)[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlfast.backends import _native, choose, is_exporting
+from mlfast.ops._dispatch import is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
 
@@ -241,9 +242,9 @@ def cosine_linear(x: Tensor, weight: Tensor) -> Tensor:
     backend = "reference" if is_exporting() else choose(x.device, SERVED)
     if backend == "reference":
         return reference(x, weight)
-    if torch.compiler.is_compiling() or type(x) is not Tensor:  # a subclass finds its way by the dispatcher
+    if needs_dispatcher(x, weight):
         return torch.ops.mlfast.cosine_linear(x, weight)[0]
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if is_recorded(x, weight):
         return CosineLinearFunction.apply(x, weight, backend)
     return launch(backend, x, weight)[0]
 

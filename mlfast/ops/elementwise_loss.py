@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from mlfast.backends import _native, choose, is_exporting
+from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._second_derivative import without_second_derivative
-from mlfast.ops._workspace import workspace_for
+from mlfast.ops._workspace import new_workspace, workspace_for
 from mlfast.sparse_targets import SparseTargets
+
+Workspace = Callable[[torch.device, int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +57,10 @@ class ElementwiseLoss:
         indptr = None
         if isinstance(target, SparseTargets):
             indptr, target = target.indptr, target.indices
-        needs_grad = torch.is_grad_enabled() and scores.requires_grad
-        if torch.compiler.is_compiling() or type(scores) is not Tensor:  # a subclass finds its way by the dispatcher
+        needs_grad = is_recorded(scores)
+        if needs_grad and scores.dtype == torch.float16:
+            scores = scores.float()  # the incoming gradient is a loss scale: applied before the gradient is rounded
+        if needs_dispatcher(scores, target, class_weight):
             return getattr(torch.ops.mlfast, self.name)(scores, target, indptr, class_weight, *options, needs_grad)[0]
         if not needs_grad:
             return launch(self, backend, scores, target, indptr, class_weight, options, False)[0]
@@ -109,6 +114,7 @@ def launch(
     class_weight: Tensor | None,
     options: Any,
     needs_grad: bool,
+    workspace: Workspace = workspace_for,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One pass: the loss, its gradient by the scores where needed, and for "mean" the factor 1 / known labels.
 
@@ -120,14 +126,14 @@ def launch(
     grad = torch.empty_like(scores) if needs_grad else None
     inv_known = scores.new_empty((), dtype=dtype) if options.reduction == "mean" else None
     if class_weight is not None:
-        class_weight = class_weight.to(dtype).contiguous()
+        class_weight = class_weight.to(dtype).contiguous().resolve_neg()
     if scores.numel() == 0:
         loss.zero_()
         if inv_known is not None:
             inv_known.fill_(1)
     else:
         numbers = kernel_numbers(op, options, scores.shape[0])
-        LAUNCH[backend](op.name, scores, target, indptr, class_weight, loss, grad, inv_known, numbers)
+        LAUNCH[backend](op.name, workspace, scores, target, indptr, class_weight, loss, grad, inv_known, numbers)
     return loss, grad, inv_known
 
 
@@ -148,34 +154,30 @@ def _arguments(
         CODES[scores.dtype],
         target.data_ptr(),
         CODES[target.dtype],
-        0 if indptr is None else indptr.data_ptr(),
-        0 if class_weight is None else class_weight.data_ptr(),
-        loss.data_ptr(),
-        0 if grad is None else grad.data_ptr(),
-        0 if inv_known is None else inv_known.data_ptr(),
+        *map(address, (indptr, class_weight, loss, grad, inv_known)),
         scores.numel() // classes,
         classes,
         *numbers,
     )
 
 
-def _launch_cpu(name: str, *arguments: Any) -> None:
+def _launch_cpu(name: str, workspace: Workspace, *arguments: Any) -> None:
     getattr(_native, f"{name}_cpu")(*_arguments(*arguments))
 
 
-def _launch_cuda(name: str, scores: Tensor, *arguments: Any) -> None:
-    workspace = workspace_for(scores.device, _native.LOSS_WORKSPACE_BYTES)
+def _launch_cuda(name: str, workspace: Workspace, scores: Tensor, *arguments: Any) -> None:
+    scratch = workspace(scores.device, _native.LOSS_WORKSPACE_BYTES)
     with torch.cuda.device(scores.device):
         stream = torch.cuda.current_stream().cuda_stream
-        getattr(_native, f"{name}_cuda")(*_arguments(scores, *arguments), workspace.data_ptr(), stream)
+        getattr(_native, f"{name}_cuda")(*_arguments(scores, *arguments), scratch.data_ptr(), stream)
 
 
-def _launch_triton(name: str, scores: Tensor, target: Tensor, *arguments: Any) -> None:
+def _launch_triton(name: str, workspace: Workspace, scores: Tensor, target: Tensor, *arguments: Any) -> None:
     kernel = importlib.import_module(f"mlfast.kernels.{name}")
     target = target.view(torch.int8) if target.dtype in (torch.uint8, torch.bool) else target
     *tensors, numbers = arguments
-    workspace = workspace_for(scores.device, kernel.WORKSPACE_BYTES)
-    getattr(kernel, name)(scores, target, *tensors, workspace, numbers)
+    scratch = workspace(scores.device, kernel.WORKSPACE_BYTES)
+    getattr(kernel, name)(scores, target, *tensors, scratch, numbers)
 
 
 LAUNCH = {"cpu": _launch_cpu, "triton": _launch_triton, "cuda": _launch_cuda}
@@ -185,7 +187,7 @@ def finish_grad(backend: str, grad: Tensor, grad_loss: Tensor, inv_known: Tensor
     """Applies the incoming gradient, in place: ``grad`` is a private buffer that is given away once."""
     if grad_loss.dim() > 0:
         return grad.mul_(grad_loss)
-    factor = grad_loss if inv_known is None else grad_loss * inv_known
+    factor = grad_loss.resolve_neg() if inv_known is None else grad_loss * inv_known
     if backend == "triton":
         from mlfast.kernels.elementwise_loss import scale_grad
 
@@ -258,9 +260,8 @@ def register(op: ElementwiseLoss) -> ElementwiseLoss:
     ) -> tuple[Tensor, Tensor, Tensor]:
         *values, needs_grad = numbers
         options = op.options(*values)
-        loss, grad, inv_known = launch(
-            op, choose(scores.device), scores, target, indptr, class_weight, options, needs_grad
-        )
+        tensors, backend = (scores, target, indptr, class_weight), choose(scores.device)
+        loss, grad, inv_known = launch(op, backend, *tensors, options, needs_grad, new_workspace)
         return (
             loss,
             scores.new_empty(0) if grad is None else grad,

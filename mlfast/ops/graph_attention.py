@@ -38,7 +38,7 @@ def reference(
     logits = leaky_relu(dst[:, :, None] + src[:, None, :], negative_slope)  # [H, K, K]
     if mask is not None:
         nobody = ~mask.any(dim=1, keepdim=True)  # softmax over no logits would be NaN
-        logits = logits.masked_fill(~(mask | nobody), -torch.inf)
+        logits = logits.masked_fill(~mask, -torch.inf).masked_fill(nobody, 0)
     weights = logits.softmax(dim=2)
     if mask is not None:
         weights = weights.masked_fill(~mask, 0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlfast.backends import _native, choose, is_exporting
+from mlfast.ops._dispatch import is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
 
@@ -333,9 +334,9 @@ def group_linear(
     if backend == "reference":
         return reference(x, weight, bias, num_classes=num_classes, cosine=cosine)
     call = num_classes, cosine, output_dtype(x, weight, cosine)
-    if torch.compiler.is_compiling() or type(x) is not Tensor:  # a subclass finds its way by the dispatcher
+    if needs_dispatcher(x, weight, bias):
         return torch.ops.mlfast.group_linear(x, weight, bias, *call)[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if is_recorded(x, weight, bias):
         return GroupLinearFunction.apply(x, weight, bias, *call, backend)
     return launch(backend, x, weight, bias, *call)[0]
 

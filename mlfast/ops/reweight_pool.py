@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mlfast.backends import _native, choose, is_exporting
+from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
 
@@ -89,16 +90,12 @@ def computing_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(computing_dtype(dtype)).contiguous().resolve_neg()
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _launch_cpu(features: Tensor, sizes: tuple[int, int, int, bool], *tensors: Tensor) -> None:
-    _native.reweight_pool_cpu(features.data_ptr(), CODES[features.dtype], *sizes, *map(_address, tensors))
+    _native.reweight_pool_cpu(features.data_ptr(), CODES[features.dtype], *sizes, *map(address, tensors))
 
 
 def _launch_backward_cpu(grad_out: Tensor, sizes: tuple[int, int, int, bool], *tensors: Tensor | None) -> None:
-    _native.reweight_pool_backward_cpu(grad_out.data_ptr(), CODES[grad_out.dtype], *sizes, *map(_address, tensors))
+    _native.reweight_pool_backward_cpu(grad_out.data_ptr(), CODES[grad_out.dtype], *sizes, *map(address, tensors))
 
 
 def _launch_triton(*arguments: Any) -> None:
@@ -227,8 +224,8 @@ def reweight_pool(features: Tensor, weight: Tensor) -> Tensor:
     backend = "reference" if is_exporting() else choose(features.device, SERVED)
     if backend == "reference":
         return reference(features, weight)
-    needs_grad = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
-    if torch.compiler.is_compiling() or type(features) is not Tensor:  # a subclass finds its way by the dispatcher
+    needs_grad = is_recorded(features, weight)
+    if needs_dispatcher(features, weight):
         return torch.ops.mlfast.reweight_pool(features, weight, needs_grad)[0]
     if not needs_grad:
         return launch(backend, features, weight, False)[0]

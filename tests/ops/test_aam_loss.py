@@ -157,6 +157,7 @@ def test_misaligned(backend, device):
 def test_guard_bands(backend, device):
     if backend == "reference":
         pytest.skip("allocates its own outputs")
+    from mlfast.ops._workspace import workspace_for
     from mlfast.ops.aam_loss import LOSS
     from mlfast.ops.elementwise_loss import LAUNCH, kernel_numbers
 
@@ -165,7 +166,9 @@ def test_guard_bands(backend, device):
         loss = torch.full((n + 64,), 7.0, device=device)
         grad = torch.full((n + 64,), 7.0, device=device, dtype=dtype)
         numbers = kernel_numbers(LOSS, DEFAULTS._replace(reduction="none"), 1)
-        LAUNCH[backend]("aam_loss", cos, target, None, None, loss[32 : n + 32], grad[32 : n + 32], None, numbers)
+        LAUNCH[backend](
+            "aam_loss", workspace_for, cos, target, None, None, loss[32 : n + 32], grad[32 : n + 32], None, numbers
+        )
         for out in (loss, grad):
             assert (out[:32] == 7).all()
             assert (out[n + 32 :] == 7).all()

@@ -140,7 +140,29 @@ def test_nan_and_infinity_as_in_pytorch(backend, device, route):
         got = attended_and_grads(value, src, dst, as_graph(mask, route))
         with mlfast.use_backend("reference"):
             expected = attended_and_grads(value, src, dst, None if route == "complete" else mask)
-        torch.testing.assert_close(got[0], expected[0], equal_nan=True, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("nodes", [40, 300])
+@pytest.mark.parametrize("share", [0.05, 0.95])
+def test_true_may_be_any_byte_but_0(nodes, share):
+    g = torch.Generator().manual_seed(0)
+    *tensors, _ = example(nodes, 1, 8)
+    mask = torch.rand(nodes, nodes, generator=g) < share
+    for byte in (2, 3, 128, 255):
+        view = (mask.to(torch.uint8) * byte).view(torch.bool)
+        for got, expected in zip(attended_and_grads(*tensors, view), attended_and_grads(*tensors, mask), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_a_seed_changed_before_backward_raises(route):
+    *leaves, mask = example(6)
+    seed = SEED.clone()
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    out = graph_attention(*leaves, as_graph(mask, route), dropout=0.4, seed=seed)
+    seed += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])

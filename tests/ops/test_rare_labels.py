@@ -51,3 +51,19 @@ def test_one_nan_shows(backend, device, loss):
     target[0, 700] = torch.nan
     found = loss(scores().to(device), target, reduction="none")
     assert found.isnan().nonzero().tolist() == [[0, 700]]
+
+
+@losses
+@pytest.mark.parametrize("reduction", ["sum", "batchmean"])
+def test_a_loss_scale_saves_small_gradients_of_half(backend, device, loss, reduction):
+    """Each element, not only the largest, is as precise as float16 can hold it after the scaling."""
+    x = (scores() * 6).to(device, torch.float16)
+    target = torch.zeros(1, CLASSES, device=device)
+    target[0, 700] = 1
+    x_half, x_double = x.clone().requires_grad_(), x.double().requires_grad_()
+    for leaf in (x_half, x_double):
+        (loss(leaf, target, reduction=reduction) * 2.0**10).backward()
+    normal = x_double.grad.abs() > torch.finfo(torch.float16).smallest_normal
+    assert normal.sum() > 100
+    error = (x_half.grad.double() - x_double.grad).abs() / x_double.grad.abs()
+    assert error[normal].max() < 2e-3  # half a unit in the last place is 5e-4, of a float32 gradient

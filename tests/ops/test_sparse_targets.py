@@ -118,6 +118,7 @@ def test_int32_slices_and_layouts(backend, device):
 def test_guard_bands(backend, device):
     if backend == "reference":
         pytest.skip("allocates its own outputs")
+    from mlfast.ops._workspace import workspace_for
     from mlfast.ops.elementwise_loss import LAUNCH, kernel_numbers
 
     scores, target = example(5, 103, device)
@@ -127,7 +128,7 @@ def test_guard_bands(backend, device):
         outs = [torch.full((scores.numel() + 64,), 7.0, device=device) for _ in range(2)]
         inner = [out[32:-32] for out in outs]
         numbers = kernel_numbers(aam.LOSS, options, 1)
-        LAUNCH[backend]("aam_loss", scores, sparse.indices, sparse.indptr, None, *inner, None, numbers)
+        LAUNCH[backend]("aam_loss", workspace_for, scores, sparse.indices, sparse.indptr, None, *inner, None, numbers)
         for out in outs:
             assert (out[:32] == 7).all() and (out[-32:] == 7).all()
             assert (out[32:-32] != 7).all()

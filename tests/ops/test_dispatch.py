@@ -1,0 +1,76 @@
+"""What all ops owe to PyTorch, whichever way a call goes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+import mlfast
+from mlfast import functional as F
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.rand(4, 8, generator=GENERATOR) * 2 - 1
+LABELS = torch.rand(4, 8, generator=GENERATOR) < 0.5
+SCORES = torch.randn(2, 4, 1, generator=GENERATOR)
+WEIGHT = torch.randn(2, 4, 3, generator=GENERATOR)
+CALLS = {
+    "aam_loss": lambda x: F.aam_loss(x, LABELS),
+    "asymmetric_loss": lambda x: F.asymmetric_loss(x, LABELS),
+    "cosine_linear": lambda x: F.cosine_linear(x, WEIGHT.reshape(3, 8)),
+    "group_linear": lambda x: F.group_linear(x.view(4, 2, 4), WEIGHT, num_classes=6),
+    "reweight_pool": lambda x: F.reweight_pool(x.view(2, 4, 2, 2), SCORES[0, :, 0]),
+    "graph_attention": lambda x: F.graph_attention(x[:, None], *SCORES),
+    "graph_attention, mask": lambda x: F.graph_attention(x[:, None], *SCORES, torch.ones(4, 4)),
+    "graph_attention, Graph": lambda x: F.graph_attention(
+        x[:, None], *SCORES, mlfast.Graph.from_edges(torch.tensor([[0], [1]]), 4)
+    ),
+}
+each_op = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+@each_op
+def test_forward_mode_is_refused_rather_than_0(call):
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        call(forward_ad.make_dual(X, torch.ones_like(X)))
+
+
+@each_op
+def test_forward_mode_of_the_reference(call):
+    with mlfast.use_backend("reference"), forward_ad.dual_level():
+        assert forward_ad.unpack_dual(call(forward_ad.make_dual(X, torch.ones_like(X)))).tangent.abs().max() > 0
+
+
+@each_op
+def test_parameters_take_the_short_way(call):
+    torch.testing.assert_close(call(torch.nn.Parameter(X)), call(X), rtol=0, atol=0)
+
+
+@each_op
+def test_negated_views(call):
+    x = X.clone().requires_grad_()
+    out = call(x)
+    incoming = torch._neg_view(torch.ones_like(out))
+    (grad,) = torch.autograd.grad(out, x, incoming, retain_graph=True)
+    torch.testing.assert_close(grad, -torch.autograd.grad(out, x, torch.ones_like(out))[0])
+    torch.testing.assert_close(call(torch._neg_view(X)), call(-X))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space by /proc")
+def test_no_memory_in_a_thread_is_an_error_not_the_end():
+    program = """
+import resource, torch
+from mlfast.functional import group_linear
+torch.set_num_threads(2)
+x, weight = torch.randn(16, 300, 20000, dtype=torch.bfloat16), torch.randn(300, 20000, 1, dtype=torch.bfloat16)
+group_linear(torch.randn(64, 80, 512), torch.randn(80, 512, 1), num_classes=80)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**20,) * 2)
+try:
+    group_linear(x, weight, num_classes=300)
+except MemoryError:
+    print("caught")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout == "caught\n", run.stderr

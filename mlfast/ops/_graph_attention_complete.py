@@ -6,26 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import leaky_relu
 
-from mlfast.backends import _native, choose, is_exporting
+from mlfast.backends import _native, choose
 from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
 
 SERVED = ("cpu", "triton")  # a sort and a few reads of memory: CUDA C++ would bring nothing over Triton
 MOST_NODES = 2**29  # rows and sources are numbered together in int32
-
-
-# ------------------------------------------------------------------------------------------------------- reference
-
-
-def reference(value: Tensor, score_src: Tensor, score_dst: Tensor, negative_slope: float) -> Tensor:
-    """The op in plain PyTorch, with K x K weights: the definition, the fallback, in float64 the truth of the tests."""
-    dtype = computing_dtype(value.dtype)
-    logits = leaky_relu(score_dst.to(dtype).t()[:, :, None] + score_src.to(dtype).t()[:, None, :], negative_slope)
-    out = logits.softmax(dim=2) @ value.to(dtype).transpose(0, 1)
-    return out.transpose(0, 1).to(value.dtype)
 
 
 # -------------------------------------------------------------------------------------------------- kernel launches
@@ -241,41 +229,24 @@ torch.library.register_autograd("mlfast::graph_attention_complete", _backward, s
 torch.library.register_autograd("mlfast::graph_attention_complete_backward", NoSecondDerivative.backward)
 
 
-# ------------------------------------------------------------------------------------------------------- functional
+# ------------------------------------------------------------------------------------------------------------ route
 
 
-def complete_attention(value: Tensor, score_src: Tensor, score_dst: Tensor, negative_slope: float) -> Tensor:
-    r"""Graph attention (GAT, Velickovic et al. 2018, eq. 1-4) where every node attends over all nodes, itself included.
+def complete_attention(
+    backend: str, value: Tensor, score_src: Tensor, score_dst: Tensor, negative_slope: float
+) -> Tensor:
+    """graph_attention on a kernel backend where every node attends to all, itself included: exact, without pairs.
 
-    .. math:: out_{ih} = \sum_j \mathrm{softmax}_j(\mathrm{LeakyReLU}(dst_{ih} + src_{jh})) \, value_{jh}
-
-    Exact, though no pair of nodes is looked at. Finite scores of any size neither overflow nor give NaN; scores that
-    are not finite give what they give in softmax.
-
-    Args:
-        value: [K, H, F], bfloat16, half, float32 or float64. K, H and F may be 0.
-        score_src: [K, H] floating point, on the device of ``value``; as ``score_dst``. What they must be besides is
-            checked by the public function, ``graph_attention``.
-        score_dst: [K, H].
-        negative_slope: of the LeakyReLU, in [0, 1]: elsewhere the algorithm's weights would not be bounded.
-
-    Returns:
-        [K, H, F] in the dtype of ``value``.
+    The arguments have been checked, and ``negative_slope`` is in [0, 1]: elsewhere the algorithm's weights would not be
+    bounded. Finite scores of any size neither overflow nor give NaN; others give what they give in softmax.
 
     Raises:
-        ValueError: ``negative_slope`` is outside [0, 1], or K is above 2^29.
-        mlfast.backends.BackendError: the backend that was asked for cannot serve; there is no CUDA C++ kernel.
+        ValueError: K is above 2^29.
     """
-    if not 0 <= negative_slope <= 1:
-        raise ValueError(
-            f"graph_attention: negative_slope must be in [0, 1] for a complete graph, got {negative_slope}; "
-            "pass a graph of ones for other slopes"
-        )
     if value.shape[0] > MOST_NODES:
-        raise ValueError(f"graph_attention: value must have at most {MOST_NODES} nodes, got {list(value.shape)}")
-    backend = "reference" if is_exporting() else choose(value.device, SERVED)
-    if backend == "reference":
-        return reference(value, score_src, score_dst, negative_slope)
+        raise ValueError(
+            f"graph_attention: value must have at most {MOST_NODES} nodes without a graph, got {list(value.shape)}"
+        )
     if score_src.dtype != score_dst.dtype:
         common = torch.promote_types(score_src.dtype, score_dst.dtype)
         score_src, score_dst = score_src.to(common), score_dst.to(common)

@@ -114,7 +114,7 @@ def graph_attention(
     if backend == "reference":
         return reference(value, score_src, score_dst, as_mask(graph), negative_slope, dropout, seed)
     if graph is None and seed is None and negative_slope <= 1:
-        return complete_attention(value, score_src, score_dst, negative_slope)
+        return complete_attention(backend, value, score_src, score_dst, negative_slope)
     if isinstance(graph, Graph) and graph.mask is None:
         return sparse_attention(backend, value, score_src, score_dst, graph, negative_slope, dropout, seed)
     return dense_attention(backend, value, score_src, score_dst, as_mask(graph), negative_slope, dropout, seed)

@@ -74,14 +74,4 @@ struct Keep {
   }
 };
 
-// Calls f with null pointers of the computing type and of the type itself.
-template <typename F>
-void with_float_types(DType type, const F& f) {
-  with_type(type, [&](auto* pointer) {
-    using Type = std::remove_pointer_t<decltype(pointer)>;
-    if constexpr (!std::is_integral_v<Type>)
-      f(static_cast<std::conditional_t<std::is_same_v<Type, double>, double, float>*>(nullptr), pointer);
-  });
-}
-
 }  // namespace mlfast::cpu

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <type_traits>
 
 #include "../dtype.h"
 #include "simd.h"
@@ -105,6 +106,23 @@ struct Narrow<Float16> {
 template <typename From, typename To>
 MLFAST_SIMD void convert(const From* __restrict from, To* __restrict to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = Narrow<To>::from(widen(from[i]));
+}
+
+// Calls f with a null pointer of the type, which is a floating-point one.
+template <typename F>
+void with_float_type(DType type, const F& f) {
+  with_type(type, [&](auto* pointer) {
+    if constexpr (!std::is_integral_v<std::remove_pointer_t<decltype(pointer)>>) f(pointer);
+  });
+}
+
+// The same, with a null pointer of the computing type before it: double for double, else float.
+template <typename F>
+void with_float_types(DType type, const F& f) {
+  with_float_type(type, [&](auto* pointer) {
+    constexpr bool kDouble = std::is_same_v<std::remove_pointer_t<decltype(pointer)>, double>;
+    f(static_cast<std::conditional_t<kDouble, double, float>*>(nullptr), pointer);
+  });
 }
 
 }  // namespace mlfast::cpu

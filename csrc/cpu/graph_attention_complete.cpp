@@ -29,14 +29,6 @@ constexpr int64_t kSweptPerLoss = 16;
 
 int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Calls f with a null pointer of the type, which is a floating-point one.
-template <typename F>
-void with_float_type(DType type, const F& f) {
-  with_type(type, [&](auto* pointer) {
-    if constexpr (!std::is_integral_v<std::remove_pointer_t<decltype(pointer)>>) f(pointer);
-  });
-}
-
 // ---------------------------------------------------------------------------------------------------- merged order
 
 struct Entry {

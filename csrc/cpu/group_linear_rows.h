@@ -28,13 +28,6 @@ class Buffer {
   T* data_;
 };
 
-template <typename F>
-void with_float_type(DType type, const F& f) {
-  with_type(type, [&](auto* pointer) {
-    if constexpr (!std::is_integral_v<std::remove_pointer_t<decltype(pointer)>>) f(pointer);
-  });
-}
-
 // n elements from `offset` on, converted to T.
 template <typename T>
 void load(const void* data, DType type, int64_t offset, T* to, int64_t n) {

@@ -274,27 +274,17 @@ void for_map(const FeatureMap& map, const Pass& pass) {
            [&](int64_t i) { pass.channel_tile(i / tiles, i % tiles * kChannelTile); });
 }
 
-// Calls f with null pointers of the computing type and of the map's own.
-template <typename F>
-void with_types(DType type, const F& f) {
-  with_type(type, [&](auto* pointer) {
-    using Type = std::remove_pointer_t<decltype(pointer)>;
-    if constexpr (!std::is_integral_v<Type>)
-      f(static_cast<std::conditional_t<std::is_same_v<Type, double>, double, float>*>(nullptr), pointer);
-  });
-}
-
 }  // namespace
 
 void reweight_pool(const FeatureMap& map, const ReweightPool& tensors) {
-  with_types(map.type, [&](auto* computing, auto* type) {
+  with_float_types(map.type, [&](auto* computing, auto* type) {
     for_map(map,
             Forward<std::remove_pointer_t<decltype(computing)>, std::remove_pointer_t<decltype(type)>>(map, tensors));
   });
 }
 
 void reweight_pool_backward(const FeatureMap& map, const ReweightPoolBackward& tensors) {
-  with_types(map.type, [&](auto* computing, auto* type) {
+  with_float_types(map.type, [&](auto* computing, auto* type) {
     using Type = std::remove_pointer_t<decltype(type)>;
     const Backward<std::remove_pointer_t<decltype(computing)>, Type> backward(map, tensors);
     const int64_t rows = map.batch * map.channels;

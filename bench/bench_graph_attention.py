@@ -115,8 +115,9 @@ def bench_graph_attention(benchmark, record, device, quick, size):
         case=f"{size} training",
         size=size,
         mode="training",
-        # Per edge a vector is read forward and one backward; per node there are two vectors forward, three backward.
-        bytes=4 * features * heads * (2 * graph.num_edges + 5 * nodes),
+        # Per node there are two vectors forward, three backward; per edge an index is read in either pass. The vectors of
+        # neighbours may come from a cache.
+        bytes=20 * features * heads * nodes + 8 * graph.num_edges,
         multiply_adds=3 * features * heads * graph.num_edges,  # one sum of vectors forward; two products backward
         **growth(nodes, neighbours),
         median_us=in_microseconds(medians),
@@ -170,7 +171,7 @@ def bench_graph_attention_layer(benchmark, record, device, quick, size, part):
         size=size,
         mode="layer",  # the README's table of training steps holds eager and compiled PyTorch, which are not here
         # Those of the op, and of the product: x is read twice, its weights once, and their gradient is written.
-        bytes=4 * (width * (2 * graph.num_edges + 5 * nodes) + (2 * (nodes + width) * in_features if product else 0)),
+        bytes=20 * width * nodes + 8 * graph.num_edges + (8 * (nodes + width) * in_features if product else 0),
         multiply_adds=width * 3 * graph.num_edges + 2 * width * product,
         **(growth(nodes, neighbours) if part == "whole" else {}),
         median_us=in_microseconds(medians),

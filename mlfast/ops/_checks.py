@@ -39,9 +39,11 @@ def check_tensors(
     if scores.dtype not in CODES or not scores.is_floating_point():
         raise TypeError(f"{op}: {name} must be bfloat16, half, float32 or float64, got {scores.dtype}")
     if target.shape != scores.shape:
+        remedy = "pass one value per label, not class indices"
+        if len(target.shape) == scores.dim():
+            remedy = f"do the model and the data set have the same classes, and is {name} of the same batch?"
         raise ValueError(
-            f"{op}: target must have the shape of {name}, {tuple(scores.shape)}, got {tuple(target.shape)}; "
-            "pass one value per label, not class indices"
+            f"{op}: target must have the shape of {name}, {tuple(scores.shape)}, got {tuple(target.shape)}; {remedy}"
         )
     if scores.dim() == 0:
         raise ValueError(f"{op}: {name} must have a dimension of classes, [..., K], got a scalar")

@@ -115,8 +115,8 @@ def bench_graph_attention(benchmark, record, device, quick, size):
         case=f"{size} training",
         size=size,
         mode="training",
-        # Per node there are two vectors forward, three backward; per edge an index is read in either pass. The vectors of
-        # neighbours may come from a cache.
+        # Per node there are two vectors forward, three backward; per edge an index is read in either pass. Neighbours'
+        # vectors may come from a cache.
         bytes=20 * features * heads * nodes + 8 * graph.num_edges,
         multiply_adds=3 * features * heads * graph.num_edges,  # one sum of vectors forward; two products backward
         **growth(nodes, neighbours),

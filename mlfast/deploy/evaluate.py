@@ -46,7 +46,7 @@ def predict_split(model: Runtime, images: LabelledImages, batch_size: int = 64, 
 def tune(predictions: Predictions, **options: Any) -> Tuned:
     """The best threshold of each class, rounded down to four digits; ``options`` are those of `tune_thresholds`."""
     thresholds = predictions.thresholds(**options)
-    return Tuned(thresholds, rounded_down(thresholds.values))
+    return Tuned(thresholds, rounded_down(thresholds.values, thresholds.below))
 
 
 def table(rows: dict[str, MultilabelMetrics]) -> str:

@@ -26,7 +26,7 @@ from mlfast.deploy.images import model_input
 from mlfast.deploy.model_info import KEY, ModelInfo
 from mlfast.deploy.runtimes import OUTPUTS, OnnxRuntime, OpenVinoRuntime, normalised
 from mlfast.deploy.thresholds import read_thresholds
-from mlfast.evaluation.thresholds import fold_thresholds
+from mlfast.evaluation.thresholds import fold_thresholds, threshold_logits
 from mlfast.models import MultilabelClassifier
 from mlfast.models.checkpoint import load_model
 
@@ -34,8 +34,6 @@ LIMIT = 1e-4  # of a probability
 _NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}
 _EXTRAS = {"onnx": "export", "openvino": "openvino"}
 _SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
-# A threshold of exactly 0 or 1 has no logit. In float32 nothing lies between these and 0 or 1 that a sigmoid tells.
-_FOLDABLE = 1e-7
 
 Probabilities = Callable[[np.ndarray], np.ndarray]  # of uint8 images
 
@@ -61,15 +59,15 @@ class DeployedModel(nn.Module):
     def __init__(self, model: MultilabelClassifier, thresholds: Tensor | None = None) -> None:
         super().__init__()
         self.model = model
-        self.thresholds: Tensor | None
-        limits = None if thresholds is None else thresholds.double().clamp(_FOLDABLE, 1 - _FOLDABLE)
-        self.register_buffer("thresholds", limits)
+        self.limits: Tensor | None
+        limits = None if thresholds is None else threshold_logits(thresholds).float()
+        self.register_buffer("limits", limits)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``[B, 3, H, W]`` to two of ``[B, K]``."""
         logits = self.model.scale * self.model(images)
-        if self.thresholds is not None:
-            logits = fold_thresholds(logits, self.thresholds)
+        if self.limits is not None:
+            logits = logits - self.limits
         return logits, torch.sigmoid(logits)
 
 
@@ -197,7 +195,7 @@ def _worst_difference(
     """The largest difference to the model as it was trained, neither folded nor exported; NaN if anything is NaN."""
     logits = model.scale * model(model.prepare(torch.from_numpy(images).permute(0, 3, 1, 2))).double()
     if limits is not None:
-        logits = fold_thresholds(logits, limits.double().clamp(_FOLDABLE, 1 - _FOLDABLE))
+        logits = fold_thresholds(logits, limits)
     truth = torch.sigmoid(logits).numpy()
     alone, together = runtime(images[:1]), runtime(images)  # batches of 1 and of all: the size is free
     return float(max(np.abs(alone - truth[:1]).max(), np.abs(together - truth).max()))

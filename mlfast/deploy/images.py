@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import stat
 from collections.abc import Iterable
@@ -98,9 +97,9 @@ def find_images(arguments: Iterable[str]) -> list[str]:
 
 
 def _matching(pattern: str) -> list[str]:
-    """What a pattern means. It does enter links: what is reached twice counts once, by its shortest path."""
-    matches = sorted(glob.glob(pattern, recursive=True), key=len, reverse=True)
-    return sorted({os.path.realpath(match): match for match in matches}.values())
+    """What a pattern means. Links of files and of folders are followed where the pattern names them, not by ``**``."""
+    root = Path(pattern).anchor
+    return sorted(map(str, Path(root).glob(pattern[len(root) :])))
 
 
 def _in_folder(folder: str) -> list[str]:

@@ -77,14 +77,20 @@ def write_thresholds(
     return folder / NAME
 
 
-def rounded_down(values: np.ndarray) -> np.ndarray:
-    """Thresholds in (0, 1], down to four significant digits.
+def rounded_down(values: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Thresholds in (0, 1], down to four significant digits, or halfway to the score ``below`` if that is nearer.
 
     A tuned threshold is the score of an image: in another runtime, whose last bits differ, that image would fall below.
     """
-    unit = 10.0 ** (np.floor(np.log10(np.maximum(values, 1e-30))) - 3)
+    return np.array([_rounded_down(v, b) for v, b in zip(values.tolist(), below.tolist(), strict=True)])
+
+
+def _rounded_down(value: float, below: float) -> float:
+    unit = 10.0 ** (math.floor(math.log10(max(value, 1e-30))) - 3)
     # Through decimal text, so that 0.3 does not become 0.29990000000000006.
-    return np.array([float(f"{math.floor(v / u + 1e-9) * u:.4g}") for v, u in zip(values, unit, strict=True)])
+    rounded = min(value, float(f"{math.floor(value / unit + 1e-9) * unit:.4g}"))
+    middle = (value + below) / 2
+    return rounded if math.isnan(below) or rounded >= middle else middle
 
 
 def _sha256(path: Path) -> str:

@@ -26,6 +26,7 @@ class Thresholds:
         values: [K] float64: predict class k where ``probability >= values[k]``.
         reached: [K] what was maximised, on the split they were chosen on: F-beta, or the recall at the wanted
             precision; nan where ``default`` was taken.
+        below: [K] the highest score under each threshold, nan if there is none: between the two all decide alike.
         positives: [K] positives that each choice rests on.
         defaulted: classes that got the default: without a positive, or where the precision is out of reach.
         unreliable: classes with 1 to 9 positives: their threshold follows single images.
@@ -33,6 +34,7 @@ class Thresholds:
 
     values: np.ndarray
     reached: np.ndarray
+    below: np.ndarray
     positives: np.ndarray
     defaulted: list[int]
     unreliable: list[int]
@@ -94,11 +96,14 @@ def thresholds_of(
         raise ValueError(f"min_precision: got {min_precision}, expected a fraction above 0 and at most 1.")
     choose = _choice(beta, min_precision)
 
-    def of_column(column: Column) -> tuple[float, float, int]:
+    def of_column(column: Column) -> tuple[float, float, float, int]:
         at = ranks(column)
-        return *(choose(at) if len(at.scores) else (np.nan, np.nan)), len(at.scores)
+        value, reached = choose(at) if len(at.scores) else (np.nan, np.nan)
+        lower = np.searchsorted(at.everything, value)
+        below = np.nan if np.isnan(value) or lower == 0 else float(at.everything[lower - 1])
+        return value, reached, below, len(at.scores)
 
-    found = np.array(map_columns(of_column, blocks), dtype=np.float64).reshape(-1, 3)
+    found = np.array(map_columns(of_column, blocks), dtype=np.float64).reshape(-1, 4)
     return _thresholds(np.repeat(found, num_classes, axis=0) if shared else found, default)
 
 
@@ -118,11 +123,12 @@ def _choice(beta: float, min_precision: float | None) -> Callable[[Ranks], tuple
 
 
 def _thresholds(found: np.ndarray, default: float) -> Thresholds:
-    values, reached, positives = found.T
+    values, reached, below, positives = found.T
     missing, few = np.isnan(values), (positives > 0) & (positives < FEW_POSITIVES)
     return Thresholds(
         values=np.where(missing, default, values),
         reached=reached,
+        below=below,
         positives=positives.astype(np.int64),
         defaulted=np.flatnonzero(missing).tolist(),
         unreliable=np.flatnonzero(few & ~missing).tolist(),
@@ -134,9 +140,18 @@ def _listed(names: list[str], which: list[int], most: int = 12) -> str:
     return f"{len(which)} classes: " + ", ".join(names[k] for k in which[:most]) + more
 
 
+# From which logit on a sigmoid is 1 in float32, and one that is below all where it is not 0.
+_LOGIT_OF_1, _LOGIT_OF_0 = 16.6355324, -104.0
+
+
+def threshold_logits(thresholds: torch.Tensor) -> torch.Tensor:
+    """The logit from which a probability of float32 reaches each threshold [K]; float64, finite for 0 and 1 too."""
+    return torch.logit(thresholds.double()).clamp(_LOGIT_OF_0, _LOGIT_OF_1)
+
+
 def fold_thresholds(logits: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
     """Logits [..., K] moved so that a probability of 0.5 means the class's own threshold [K].
 
     ``z - log(t / (1 - t))``: any server with one threshold of 0.5 then decides as tuned.
     """
-    return logits - torch.logit(thresholds.to(logits.dtype))
+    return logits - threshold_logits(thresholds).to(logits.dtype)

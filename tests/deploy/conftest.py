@@ -82,7 +82,7 @@ def tuned_folder(make_folder, scenes, model_folder):
     """The same model with tuned thresholds, and these as an array."""
     folder, _ = make_folder()
     tuned = tune_thresholds(model_folder[2], scenes.targets.numpy())
-    values = rounded_down(tuned.values)
+    values = rounded_down(tuned.values, tuned.below)
     write_thresholds(folder, scenes.classes, tuned, values, "the test")
     assert len(np.unique(values)) > 20
     return folder, values

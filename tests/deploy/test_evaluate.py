@@ -48,9 +48,28 @@ def test_tuned_thresholds_are_better_where_they_were_tuned():
 def test_rounded_down():
     values = np.array([1.0, 0.5, 0.3, 0.123456, 0.0099999, 3.14159e-7, 0.99999999])
     expected = [1.0, 0.5, 0.3, 0.1234, 0.009999, 3.141e-7, 0.9999]
-    np.testing.assert_allclose(rounded_down(values), expected, rtol=1e-12)
+    nothing = np.full(len(values), np.nan)
+    np.testing.assert_allclose(rounded_down(values, nothing), expected, rtol=1e-12)
     random = np.random.default_rng(0).random(1000)
-    assert (rounded_down(random) <= random).all() and (rounded_down(random) > random * 0.998).all()
+    rounded = rounded_down(random, np.full(1000, np.nan))
+    assert (rounded <= random).all() and (rounded > random * 0.998).all()
+
+
+def test_rounding_keeps_clear_of_the_next_score():
+    values, below = np.array([0.99996, 0.50003, 0.3, 0.2]), np.array([0.99993, 0.50002, np.nextafter(0.3, 0), 0.1])
+    rounded = rounded_down(values, below)
+    np.testing.assert_allclose(rounded, [0.999945, 0.500025, 0.3, 0.2], rtol=1e-12)
+    pairs = np.sort(1 - np.random.default_rng(0).random((1000, 2)) ** 4 * 1e-3)
+    rounded = rounded_down(pairs[:, 1], pairs[:, 0])
+    assert (rounded <= pairs[:, 1]).all() and (rounded > pairs.mean(axis=1) - 1e-15).all()
+
+
+def test_saturated_scores_keep_their_f1_and_precision():
+    predictions = Predictions(1)
+    predictions.add(np.float32([[0.99997], [0.99996], [0.99993], [0.99991]]), np.int8([[1], [1], [0], [0]]))
+    for options in ({}, {"min_precision": 0.95}):
+        tuned = tune(predictions, **options)
+        assert predictions.metrics(threshold=tuned.values).CF1 == 1, options
 
 
 def test_thresholds_file(tmp_path, model_folder, scenes):

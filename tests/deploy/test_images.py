@@ -164,3 +164,11 @@ def test_find_images(tmp_path):
         find_images([f"{root}/bare"])
     with pytest.raises(ValueError, match="no such file or folder"):
         find_images([f"{root}/*.bmp"])
+
+
+def test_patterns_end_where_links_loop(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    for name in ("one", "two"):
+        (tmp_path / name).symlink_to(tmp_path)
+    assert find_images([f"{tmp_path}/**/*.jpg"]) == [f"{tmp_path}/a.jpg"]
+    assert find_images([f"{tmp_path}/one/*.jpg"]) == [f"{tmp_path}/one/a.jpg"]

@@ -103,3 +103,11 @@ def test_folded_thresholds_decide_as_tuned():
     folded = torch.sigmoid(fold_thresholds(logits, torch.tensor(thresholds)))
     clear = torch.tensor(thresholds != SCORES)  # equality is within rounding of either side
     assert torch.equal((folded >= 0.5)[clear], torch.tensor(thresholds <= SCORES)[clear])
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-6, 0.3, 0.9999, 1.0])
+def test_folded_thresholds_decide_alike_up_to_the_ends(threshold):
+    logits = torch.cat([torch.linspace(-80, 80, 4001), torch.linspace(15.5, 17, 4001)])
+    told = (logits - torch.logit(torch.tensor(threshold, dtype=torch.float64))).abs() > 1e-5
+    folded = torch.sigmoid(fold_thresholds(logits, torch.tensor([threshold]))) >= 0.5
+    assert torch.equal(folded[told], (torch.sigmoid(logits) >= threshold)[told])

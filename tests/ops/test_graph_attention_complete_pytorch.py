@@ -1,6 +1,5 @@
 """Attention over complete graphs as a citizen of PyTorch: autograd, torch.compile, export, errors."""
 
-
 import pytest
 import torch
 

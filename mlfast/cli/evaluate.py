@@ -40,26 +40,22 @@ def main(argv: list[str]) -> int:
     data = chosen_data(options, Path(options.model))
     model = open_model(options.model, options.device, ignore_thresholds=bool(options.tune))
     try:
-        values, note = np.array(model.info.thresholds), "adaptive thresholds: as they come with the model"
+        values, chosen_on = np.array(model.info.thresholds), model.info.chosen_on
         if options.tune:
-            values, note = _tune(model, data, options)
+            values, chosen_on = _tune(model, data, options)
         predictions, broken = _predict(model, data, options.split, options)
     except BrokenImagesError as error:
         raise ValueError(str(error)) from error
     definitions = {"interpolated": options.interpolated, "f1": options.f1, "absent": options.absent}
     rows = {"0.5": predictions.metrics(**definitions)}
-    if (values != 0.5).any():
+    if adaptive := bool((values != 0.5).any()):
         rows["adaptive"] = predictions.metrics(values, **definitions)
-    else:
-        note = "the threshold of every class is 0.5"
-        note += "; --tune SPLIT chooses others" if Path(options.model).is_dir() else ""
     source = f"{data.kind}/{data.split(options.split)}"
-    notes = [f"{predictions.num_images} images of {source}; {note}", *broken]
+    notes = [f"{predictions.num_images} images of {source}; {_origin(adaptive, chosen_on, options)}", *broken]
     if absent := len(values) - rows["0.5"].num_classes_evaluated:
         counted = "left out of the means" if options.absent == "exclude" else "counted as 0"
         notes.append(f"{absent} of {len(values)} classes have no positive here: {counted}")
-    if options.tune and data.split(options.tune) == data.split(options.split):
-        notes.append("These are the images that the thresholds were chosen on: on others, the adaptive row is lower.")
+    notes += _flattery(chosen_on, data, options)
     facts = zip(model.info.classes, predictions.positives(), rows["0.5"].per_class_ap, values, strict=True)
     classes = [
         {"name": name, "positives": int(positives), "AP": _finite(precision), "threshold": float(threshold)}
@@ -129,7 +125,7 @@ def _predict(
 
 
 def _tune(model: Runtime, data: DataChoice, options: argparse.Namespace) -> tuple[np.ndarray, str]:
-    """The thresholds, written beside the model, and what to say about them."""
+    """The thresholds, written beside the model, and the images that they were chosen on, in words."""
     from mlfast.deploy.evaluate import tune
     from mlfast.deploy.thresholds import write_thresholds
 
@@ -145,7 +141,32 @@ def _tune(model: Runtime, data: DataChoice, options: argparse.Namespace) -> tupl
     doubts = tuned.thresholds.warning(classes)
     lines = [f"thresholds chosen on {source}, for {aim}: {path}", *broken, *([f"doubtful: {doubts}"] if doubts else [])]
     print("\n".join(lines) + "\n", file=sys.stderr if options.format == "json" else sys.stdout)
-    return tuned.values, f"adaptive thresholds: chosen on {source}"
+    return tuned.values, source
+
+
+def _origin(adaptive: bool, chosen_on: str, options: argparse.Namespace) -> str:
+    """Where the thresholds come from."""
+    if adaptive and options.tune:
+        return f"adaptive thresholds: chosen on {chosen_on}"
+    if adaptive:
+        return "adaptive thresholds: as they come with the model, " + (
+            f"chosen on {chosen_on}" if chosen_on else "which does not say what they were chosen on"
+        )
+    if chosen_on:  # an exported file with folded thresholds, or ones that were chosen and are 0.5
+        return f"the threshold of every class is 0.5, which stands for thresholds chosen on {chosen_on}"
+    hint = "; --tune SPLIT chooses others" if Path(options.model).is_dir() else ""
+    return f"the threshold of every class is 0.5{hint}"
+
+
+def _flattery(chosen_on: str, data: DataChoice, options: argparse.Namespace) -> list[str]:
+    """A line where the thresholds were chosen on images of the split that is measured."""
+    kind, _, names = chosen_on.rpartition(", ")[0].partition("/")  # such as "coco/train+val, 100 images"
+    if kind != data.kind or not set(names.split("+")) & set(data.split(options.split).split("+")):
+        return []
+    elsewhere = "on others, metrics at these thresholds are lower."
+    if options.tune or kind == "digits" or not (options.data or options.data_root or options.data_args):
+        return [f"These are the images that the thresholds were chosen on: {elsewhere}"]
+    return [f"If this is the {kind}/{names} that the thresholds were chosen on: {elsewhere}"]
 
 
 def _print_table(rows: dict[str, MultilabelMetrics], classes: list[dict[str, Any]], notes: list[str]) -> None:

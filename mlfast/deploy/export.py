@@ -94,14 +94,14 @@ def export_model(
     if path.suffix != _SUFFIXES[file_format]:
         raise ValueError(f"output: got {path}, expected a name that ends in {_SUFFIXES[file_format]}")
     model, description = load_model(folder)
-    thresholds = read_thresholds(folder, description["classes"])
-    if fold_thresholds and thresholds is None:
+    stored = read_thresholds(folder, description["classes"])
+    if fold_thresholds and stored is None:
         raise ValueError(f"{folder} has no thresholds to fold; choose them with: mlfast evaluate {folder} --tune SPLIT")
-    info = ModelInfo.from_mapping(description, thresholds)
+    info = ModelInfo.from_mapping(description, *(stored or ()))
     limits = torch.tensor(info.thresholds) if fold_thresholds else None
     deployed = DeployedModel(model.fold(), limits).eval()
     if fold_thresholds:
-        info = info.with_threshold(0.5)
+        info = info.folded()
 
     program = exported_program(deployed, info.image_size)
     images = sample_images(info.image_size)
@@ -142,6 +142,8 @@ def save_onnx(program: Any, info: ModelInfo, path: Path) -> None:
             program, dynamo=True, input_names=["images"], output_names=list(OUTPUTS), verbose=False
         )
     assert written is not None
+    if hasattr(written, "rename_axes"):  # older versions of PyTorch have a name of their own, such as s34
+        written.rename_axes({written.model.graph.inputs[0].shape[0]: "batch"})
     written.model.metadata_props[KEY] = info.to_json()
     for key, value in info.model_api().items():  # where Model API looks in an ONNX file
         written.model.metadata_props[f"model_info {key}"] = value

@@ -32,6 +32,8 @@ class ModelInfo:
         image_size: height and width of the input.
         resize: ``"squash"`` stretches an image to that; ``"crop"`` cuts the largest square out of its middle first.
         mean, std: of each channel (RGB) of images in [0, 1]: the input is ``(image / 255 - mean) / std``.
+        chosen_on: the images that the thresholds were chosen on, in words, such as ``"digits/val, 2000 images"``: metrics
+            on the same ones flatter. "" where nobody chose them, or an older file does not say.
     """
 
     classes: tuple[str, ...]
@@ -40,6 +42,7 @@ class ModelInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: str = "squash"
+    chosen_on: str = ""
 
     def __post_init__(self) -> None:
         numbers = (*self.thresholds, *self.mean, *self.std)
@@ -53,11 +56,14 @@ class ModelInfo:
             and isinstance(self.image_size, int)
             and self.image_size > 0
             and self.resize in RESIZES
+            and isinstance(self.chosen_on, str)
         ):
             raise CheckpointError(f"the description of the model contradicts itself: {self}")
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], thresholds: np.ndarray | None = None) -> ModelInfo:
+    def from_mapping(
+        cls, values: Mapping[str, Any], thresholds: np.ndarray | None = None, chosen_on: str = ""
+    ) -> ModelInfo:
         """From ``config.json`` or what `to_json` wrote; thresholds are 0.5 where neither says others.
 
         Raises:
@@ -72,6 +78,7 @@ class ModelInfo:
                 mean=tuple(values["mean"]),
                 std=tuple(values["std"]),
                 resize=values.get("resize", "squash"),
+                chosen_on=values.get("chosen_on", "") if thresholds is None else chosen_on,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the description of the model is incomplete: {error}") from error
@@ -98,8 +105,12 @@ class ModelInfo:
         return json.dumps({"format": FORMAT, **asdict(self), "preprocessing": RESIZES[self.resize]})
 
     def with_threshold(self, value: float) -> ModelInfo:
-        """The same with one threshold for all classes."""
-        return replace(self, thresholds=(value,) * len(self.classes))
+        """The same with one threshold for all classes, chosen on no images."""
+        return replace(self, thresholds=(value,) * len(self.classes), chosen_on="")
+
+    def folded(self) -> ModelInfo:
+        """The same for logits into which the thresholds were folded: 0.5 now means what they meant."""
+        return replace(self, thresholds=(0.5,) * len(self.classes))
 
     def model_api(self) -> dict[str, Any]:
         """The same in the words of OpenVINO Model API, which has one threshold, and no spaces in labels.

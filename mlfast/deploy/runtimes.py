@@ -74,8 +74,8 @@ class TorchRuntime:
 
     def __init__(self, folder: Path, device: str = "auto", ignore_thresholds: bool = False) -> None:
         model, description = load_model(folder)
-        thresholds = None if ignore_thresholds else read_thresholds(folder, description["classes"])
-        self.info = ModelInfo.from_mapping(description, thresholds)
+        stored = None if ignore_thresholds else read_thresholds(folder, description["classes"])
+        self.info = ModelInfo.from_mapping(description, *(stored or ()))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +17,15 @@ NAME = "thresholds.json"
 _FORMAT = 1
 
 
-def read_thresholds(folder: Path, classes: list[str]) -> np.ndarray | None:
-    """The thresholds ``[K]`` of a model folder, None where it has no such file.
+class StoredThresholds(NamedTuple):
+    """Thresholds ``[K]`` and the images that they were chosen on, in words."""
+
+    values: np.ndarray
+    chosen_on: str
+
+
+def read_thresholds(folder: Path, classes: list[str]) -> StoredThresholds | None:
+    """The thresholds of a model folder, None where it has no such file.
 
     Raises:
         CheckpointError: the file is damaged, or belongs to other weights or classes.
@@ -39,7 +47,7 @@ def read_thresholds(folder: Path, classes: list[str]) -> np.ndarray | None:
         raise CheckpointError(f"{path} belongs to other classes; {again}")
     if weights != _sha256(folder / "model.safetensors"):
         raise CheckpointError(f"{path} was tuned for other weights than those beside it; {again}")
-    return values
+    return StoredThresholds(values, str(stored.get("chosen_on", "")))
 
 
 def write_thresholds(

@@ -74,7 +74,13 @@ def test_evaluate_tunes_and_says_on_what(tmp_path, model_folder, capsys):
     assert "These are the images" not in out
     (folder / "thresholds.json").write_text("stale or broken")  # tuning again is the remedy, so it must work
     assert cli.main([*arguments, "--tune", "val"]) == 0
-    assert "These are the images that the thresholds were chosen on" in capsys.readouterr().out
+    flattered = "These are the images that the thresholds were chosen on"
+    assert flattered in capsys.readouterr().out
+    assert cli.main(arguments) == 0  # later, from the file
+    out = capsys.readouterr().out
+    assert flattered in out and "as they come with the model, chosen on digits/val, 40 images" in out
+    assert cli.main([*arguments, "--split", "train"]) == 0
+    assert flattered not in capsys.readouterr().out
     assert (Predictor(folder).thresholds != 0.5).sum() > 20
     assert cli.main([*arguments, "--tune", "val", "--shared", "--beta", "2"]) == 0
     assert "for F2, one threshold for all classes" in capsys.readouterr().out

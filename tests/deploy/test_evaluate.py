@@ -79,7 +79,8 @@ def test_thresholds_file(tmp_path, model_folder, scenes):
     targets[:, 3] = 0
     tuned = tune_thresholds(scores, targets)
     write_thresholds(folder, scenes.classes, tuned, tuned.values, "48 images")
-    np.testing.assert_array_equal(read_thresholds(folder, scenes.classes), tuned.values)
+    np.testing.assert_array_equal(read_thresholds(folder, scenes.classes).values, tuned.values)
+    assert read_thresholds(folder, scenes.classes).chosen_on == "48 images"
     stored = json.loads((folder / NAME).read_text())
     assert (stored["chosen_on"], stored["chosen_for"]) == ("48 images", "F1")
     missing = stored["classes"][3]

@@ -8,6 +8,7 @@ from torch import nn
 from mlfast.deploy import Predictor, export_model
 from mlfast.deploy import export as module
 from mlfast.deploy.export import DeployedModel, exported_program
+from mlfast.deploy.model_info import ModelInfo
 from mlfast.deploy.runtimes import open_model
 from mlfast.models import create_model
 
@@ -80,11 +81,13 @@ def test_onnx_is_one_file_without_own_operators(exported, tuned_folder):
     assert {domain.domain for domain in proto.opset_import} <= {"", "pkg.onnxscript.torch_lib.common"}
     assert {node.domain for node in proto.graph.node} == {""} and not proto.functions
     batch, *rest = proto.graph.input[0].type.tensor_type.shape.dim
-    assert batch.dim_param and [side.dim_value for side in rest] == [3, 32, 32]
+    assert batch.dim_param == "batch" and [side.dim_value for side in rest] == [3, 32, 32]
     assert [output.name for output in proto.graph.output] == ["logits", "probabilities"]
     facts = {entry.key: entry.value for entry in proto.metadata_props}
     own = json.loads(facts["mlfast"])
     assert own["thresholds"] == tuned_folder[1].tolist() and own["classes"][0] == "red 0"
+    assert own["chosen_on"] == "the test"
+    assert ModelInfo.from_json(json.dumps({k: v for k, v in own.items() if k != "chosen_on"}), "").chosen_on == ""
     assert (own["image_size"], own["mean"], own["std"]) == (32, [0.5] * 3, [0.5] * 3)
     assert facts["model_info labels"].startswith("red_0 red_1 ")
 
@@ -95,7 +98,7 @@ def test_openvino_with_folded_thresholds(exported, tuned_folder, arrays):
     assert {path.name for path in tuned_folder[0].iterdir()} >= {"model.xml", "model.bin"}
     assert 0 < export.difference < 1e-5
     folded, in_torch = Predictor(export.path), Predictor(tuned_folder[0])
-    assert set(folded.thresholds) == {0.5}
+    assert set(folded.thresholds) == {0.5} and folded.info.chosen_on == "the test"
     shift = np.log(tuned_folder[1] / (1 - tuned_folder[1]))
     for ours, theirs in zip(folded(arrays), in_torch(arrays), strict=True):
         assert_same_decisions(ours, theirs, in_torch)

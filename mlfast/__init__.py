@@ -51,6 +51,10 @@ def __getattr__(name: str) -> _Any:
     return getattr(_importlib.import_module(_LAZY[name]), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
 __version__ = "0.1.0"
 
 __all__ = [

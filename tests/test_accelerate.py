@@ -312,6 +312,12 @@ def test_wrapped_models_are_not_entered():
     assert "before it is wrapped" in report.left[0].note
 
 
+@pytest.mark.parametrize("wrong", ["x", Model])
+def test_something_else_than_a_module_is_refused(wrong):
+    with pytest.raises(TypeError, match=f"got {type(wrong).__name__}, expected a torch.nn.Module"):
+        mlfast.accelerate(wrong)
+
+
 def test_a_failure_changes_nothing(monkeypatch):
     from mlfast.nn import accelerate
 

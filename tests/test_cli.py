@@ -48,6 +48,10 @@ def test_backends(capsys):
     assert capsys.readouterr().out == f"{mlfast.backends()}\n"
 
 
+def test_dir_lists_what_is_imported_late():
+    assert set(mlfast.__all__) <= set(dir(mlfast))
+
+
 def test_no_command_explains_the_commands(capsys):
     assert cli.main([]) == 0
     out = capsys.readouterr().out

@@ -68,6 +68,18 @@ def _run(command: str, argv: list[str]) -> int:
     return USER_ERROR
 
 
+def with_dashes(argv: Sequence[str]) -> list[str]:
+    """The arguments with ``-`` for every ``_`` in the names of options, which may be written either way."""
+    words = list(argv)
+    for place, word in enumerate(words):
+        if word == "--":  # what follows are no options
+            break
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            words[place] = name.replace("_", "-") + equals + value
+    return words
+
+
 def _show_version() -> int:
     import mlfast
 

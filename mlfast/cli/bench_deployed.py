@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlfast.cli import with_dashes
+
 if TYPE_CHECKING:
     from mlfast.deploy.speed import Speed
     from mlfast.models import MultilabelClassifier
@@ -18,7 +20,7 @@ _PACKAGES = ("torch", "onnxruntime", "openvino")
 
 def main(argv: list[str]) -> int:
     """Time models and print a table for each."""
-    options = _parser().parse_args(argv)
+    options = _parser().parse_args(with_dashes(argv))
     from mlfast.deploy.speed import RUNTIMES, measure
 
     runtimes = tuple(options.runtimes.split(",")) if options.runtimes else RUNTIMES

@@ -56,11 +56,13 @@ def chosen_data(options: argparse.Namespace, model: Path) -> DataChoice:
     """What the options say, and where they say nothing, the settings of the run.
 
     Raises:
-        ValueError: neither names a data set, or an option has no sense.
+        ValueError: there is no model, neither names a data set, or an option has no sense.
     """
     from mlfast.data import KINDS
+    from mlfast.models.checkpoint import check_path
     from mlfast.training.data_settings import DEFAULT_DIGITS, DEFAULT_SPLITS
 
+    check_path(model)
     if options.images is not None and options.images < 1:
         raise ValueError(f"--images: got {options.images}, expected at least 1")
     settings = _run_settings(model) if options.data is None else {"data": options.data}

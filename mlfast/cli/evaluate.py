@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlfast.cli import with_dashes
 from mlfast.cli.data_choice import DataChoice, add_data_options, chosen_data
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ examples:
 
 def main(argv: list[str]) -> int:
     """Print the metrics of a model, and choose its thresholds."""
-    options = _parser().parse_args(argv)
+    options = _parser().parse_args(with_dashes(argv))
     _check(options)
     import numpy as np
 
@@ -99,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.tune and not Path(options.model).is_dir():
+    if options.tune and Path(options.model).is_file():
         raise ValueError(
             f"--tune writes thresholds.json beside a model, but {options.model} is not a model folder; tune that, "
             "then export it"

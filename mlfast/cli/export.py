@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mlfast.cli import with_dashes
 from mlfast.cli.data_choice import add_data_options, chosen_data
 
 _EXAMPLES = """\
@@ -16,7 +17,7 @@ examples:
 
 def main(argv: list[str]) -> int:
     """Write a model for another runtime, verified in it."""
-    options = _parser().parse_args(argv)
+    options = _parser().parse_args(with_dashes(argv))
     if options.int8:
         return _export_int8(options)
     from mlfast.deploy import export_model

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mlfast.cli import with_dashes
+
 _DEFAULTS: dict[str, Any] = {
     "backbone": "tf_efficientnetv2_s.in21k",
     "head": "ml_decoder",
@@ -16,7 +18,7 @@ _CLASSES = {"coco": 80, "voc2007": 20, "nus_wide": 81, "vg500": 500, "openimages
 
 def main(argv: list[str]) -> int:
     """Print what a model costs beside the paper's figure for it, or the table of all."""
-    options = _parser().parse_args(argv)
+    options = _parser().parse_args(with_dashes(argv))
     if options.paper:
         return _print_paper()
     from mlfast.models.macs import TOOL, count

@@ -86,6 +86,7 @@ def export_model(
     Raises:
         CheckpointError: as `load_model`.
         ValueError: an unknown format, another suffix, nothing to fold, or the runtime differs by more than 1e-4.
+        OSError: the file cannot be written where ``output`` says.
         ImportError: a package of the extra ``export`` or ``openvino`` is missing.
     """
     _check_format(file_format)
@@ -105,9 +106,8 @@ def export_model(
 
     program = exported_program(deployed, info.image_size)
     images = sample_images(info.image_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
-        partial = Path(scratch) / path.name
+    with scratch_folder(path) as scratch:
+        partial = scratch / path.name
         runtime = _WRITERS[file_format](program, info, partial)
         difference = _worst_difference(runtime, model, limits, images, info)
         if not difference <= LIMIT:
@@ -116,9 +116,21 @@ def export_model(
                 f"{LIMIT:.0e}, so {path} was not written"
             )
         del runtime  # OpenVINO holds its file open
-        for file in sorted(Path(scratch).glob(f"{path.stem}.*")):  # .bin before .xml
+        for file in sorted(scratch.glob(f"{path.stem}.*")):  # .bin before .xml
             os.replace(file, path.with_suffix(file.suffix))
     return Export(path, difference, len(images))
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder beside the file that is to be written, which goes with what is left in it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-")
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}); choose another output (--output FILE)") from error
+    with scratch as name:
+        yield Path(name)
 
 
 def exported_program(model: nn.Module, image_size: int) -> Any:
@@ -143,7 +155,8 @@ def save_onnx(program: Any, info: ModelInfo, path: Path) -> None:
         )
     assert written is not None
     if hasattr(written, "rename_axes"):  # older versions of PyTorch have a name of their own, such as s34
-        written.rename_axes({written.model.graph.inputs[0].shape[0]: "batch"})
+        shape: Any = written.model.graph.inputs[0].shape
+        written.rename_axes({shape[0]: "batch"})
     written.model.metadata_props[KEY] = info.to_json()
     for key, value in info.model_api().items():  # where Model API looks in an ONNX file
         written.model.metadata_props[f"model_info {key}"] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import stat
 from collections.abc import Iterable
@@ -81,17 +82,18 @@ def find_images(arguments: Iterable[str]) -> list[str]:
     """The files that paths, folders (with all folders below) and patterns such as ``"data/**/*.jpg"`` mean, in order.
 
     In folders, files count whose name ends like an image's; folders that are symbolic links are not entered, so no
-    loop is endless. A file that is named counts whatever its name.
+    loop is endless. A file that is named counts whatever its name, and if it is missing: whoever reads it will say so.
 
     Raises:
-        ValueError: an argument matches nothing, or a folder has no image.
+        ValueError: a pattern matches nothing, or a folder has no image.
     """
     found: dict[str, None] = {}
     for argument in arguments:
-        matches = [argument] if os.path.lexists(argument) else _matching(argument)
+        named = os.path.lexists(argument) or not glob.has_magic(argument)
+        matches = [argument] if named else _matching(argument)
         files = [file for match in matches for file in (_in_folder(match) if os.path.isdir(match) else [match])]
         if not files:
-            raise ValueError(f"{argument}: " + ("no images in this folder" if matches else "no such file or folder"))
+            raise ValueError(f"{argument}: " + ("no images in this folder" if matches else "no file or folder matches"))
         found |= dict.fromkeys(files)
     return list(found)
 

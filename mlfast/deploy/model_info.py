@@ -32,8 +32,8 @@ class ModelInfo:
         image_size: height and width of the input.
         resize: ``"squash"`` stretches an image to that; ``"crop"`` cuts the largest square out of its middle first.
         mean, std: of each channel (RGB) of images in [0, 1]: the input is ``(image / 255 - mean) / std``.
-        chosen_on: the images that the thresholds were chosen on, in words, such as ``"digits/val, 2000 images"``: metrics
-            on the same ones flatter. "" where nobody chose them, or an older file does not say.
+        chosen_on: the images that the thresholds were chosen on, such as ``"digits/val, 2000 images"``; metrics on
+            the same ones flatter. "" where nobody chose them, or an older file does not say.
     """
 
     classes: tuple[str, ...]

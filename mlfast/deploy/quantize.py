@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlfast.deploy.evaluate import predict_split
-from mlfast.deploy.export import export_model
+from mlfast.deploy.export import export_model, scratch_folder
 from mlfast.deploy.runtimes import OpenVinoRuntime, normalised
 from mlfast.deploy.splits import LabelledImages
 from mlfast.evaluation import MultilabelMetrics
@@ -70,6 +69,7 @@ def export_int8(
 
     Raises:
         ValueError: mAP falls by more than ``max_drop``, or as in `export_model`.
+        OSError: as in `export_model`.
         ImportError: openvino or nncf is missing.
     """
     if importlib.util.find_spec("nncf") is None:
@@ -77,10 +77,9 @@ def export_int8(
     path = Path(folder) / "model-int8.xml" if output is None else Path(output)
     if path.suffix != ".xml":
         raise ValueError(f"output: got {path}, expected a name that ends in .xml")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
-        whole = export_model(folder, "openvino", Path(scratch) / "float32.xml", fold_thresholds=fold_thresholds).path
-        partial = Path(scratch) / path.name
+    with scratch_folder(path) as scratch:
+        whole = export_model(folder, "openvino", scratch / "float32.xml", fold_thresholds=fold_thresholds).path
+        partial = scratch / path.name
         count = _quantize(whole, partial, calibration)
         before, after = (_metrics(file, measured) for file in (whole, partial))
         drop = before.mAP - after.mAP
@@ -88,7 +87,7 @@ def export_int8(
             raise ValueError(
                 f"in int8 mAP falls from {100 * before.mAP:.2f} to {100 * after.mAP:.2f} on {len(measured)} images, by "
                 f"more than {100 * max_drop:g} points, so {path} was not written; calibrate with other images, "
-                "or allow a larger fall (max_drop)"
+                "or allow a larger fall: max_drop, on the command line --max-drop"
             )
         sizes = [file.with_suffix(".bin").stat().st_size for file in (whole, partial)]
         for file in (partial.with_suffix(".bin"), partial):

@@ -15,7 +15,7 @@ import torch
 
 from mlfast.deploy.model_info import KEY, ModelInfo
 from mlfast.deploy.thresholds import read_thresholds
-from mlfast.models.checkpoint import CheckpointError, load_model
+from mlfast.models.checkpoint import CheckpointError, check_path, load_model
 from mlfast.nn.ml_decoder import FoldedMLDecoder
 
 OUTPUTS = ("logits", "probabilities")  # Model API reads the first and applies a sigmoid itself
@@ -44,10 +44,9 @@ def open_model(path: str | Path, device: str = "auto", *, ignore_thresholds: boo
         ValueError: no such device.
     """
     path = Path(path)
+    check_path(path)
     if path.is_dir():
         return TorchRuntime(path, device, ignore_thresholds)
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; expected a model folder, an .onnx or an OpenVINO .xml file")
     runtimes: dict[str, Callable[[Path], Runtime]] = {".onnx": OnnxRuntime, ".xml": OpenVinoRuntime}
     runtime = runtimes.get(path.suffix.lower())
     if runtime is None:

@@ -40,7 +40,7 @@ class Predictions:
         """Take in one batch: [B, K] each, as `multilabel_metrics` takes them.
 
         Raises:
-            ValueError, TypeError: as `multilabel_metrics`, or a number of classes that is not K.
+            ValueError, TypeError: as `multilabel_metrics`, a number of classes that is not K, or scores outside [0, 1].
         """
         score, target = checked(probabilities, targets, "probabilities")
         if score.shape[1] != self.num_classes:
@@ -53,7 +53,9 @@ class Predictions:
             parts = [image + self.num_images, label.int(), score[image, label].float(), target[image, label] > 0]
         else:
             parts = [score.float(), (target > 0).to(torch.int8) - (target < 0).to(torch.int8)]
-        self._batches.append(tuple(tensor.cpu() for tensor in parts))
+        batch = tuple(tensor.cpu() for tensor in parts)
+        _check_range(batch[-2])
+        self._batches.append(batch)
         self.num_images += len(score)
 
     def gather(self) -> Predictions:
@@ -122,3 +124,15 @@ class Predictions:
                 joined.append(torch.cat(pieces.pop(0)))
             self._batches.append(tuple(joined))
         return self._batches[0]
+
+
+def _check_range(scores: torch.Tensor) -> None:
+    """Logits would give metrics too, at thresholds that mean something else."""
+    if not scores.numel():
+        return
+    least, most = (float(value) for value in scores.aminmax())
+    if least < 0 or most > 1:
+        raise ValueError(
+            f"probabilities: got values from {least:.4g} to {most:.4g}, expected 0 to 1; pass "
+            "model.probabilities(output), or the sigmoid of logits (of scale * cosine)."
+        )

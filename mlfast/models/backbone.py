@@ -35,13 +35,17 @@ def create_backbone(name: str, *, pretrained: bool, image_size: int | None, argu
             raise
         raise OSError(
             f"the published weights of backbone {name!r} could not be read: {str(error).splitlines()[0]}\nWithout a "
-            "network, copy the cache of Hugging Face (HF_HOME) from a machine that has them, or pass a file: "
-            "pretrained_cfg_overlay={'file': 'model.safetensors'} among the arguments of the backbone; or start from "
-            "random weights: pretrained=False"
+            "network, copy the cache of Hugging Face (HF_HOME) from a machine that has them; or pass a file, in Python "
+            "pretrained_cfg_overlay={'file': 'model.safetensors'}, in mlfast train --backbone_args "
+            "'{pretrained_cfg_overlay: {file: model.safetensors}}'; or start from random weights, in Python "
+            "pretrained=False, in mlfast train --pretrained false"
         ) from error
     except RuntimeError as error:
         if "No pretrained weights exist" in str(error):
-            raise ValueError(f"timm has no published weights of backbone {name!r}; pass pretrained=False") from error
+            raise ValueError(
+                f"timm has no published weights of backbone {name!r}; pass pretrained=False, in mlfast train "
+                "--pretrained false"
+            ) from error
         if "Invalid pretrained tag" not in str(error):
             raise
         tags = ", ".join(map(repr, timm.list_pretrained(f"{architecture}.*"))) or repr(architecture)

@@ -65,6 +65,22 @@ def save_model(
         file.write(save(tensors, metadata=metadata))
 
 
+def check_path(path: Path) -> None:
+    """Check that there may be a model.
+
+    Raises:
+        CheckpointError: there is nothing under this path, or a run rather than one of its models.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; expected a model, such as runs/NAME/best")
+    if (path / "model.safetensors").exists() or not (path / "config.yaml").exists():
+        return
+    models = [str(path / name) for name in ("best", "last") if (path / name / "model.safetensors").exists()]
+    verb = "models are" if len(models) > 1 else "model is"
+    found = f"its {verb} {' and '.join(models)}" if models else "it has no model yet"
+    raise CheckpointError(f"{path} is a run; {found}")
+
+
 def load_model(folder: str | Path) -> tuple[MultilabelClassifier, dict[str, Any]]:
     """Read a model folder, such as ``runs/NAME/best``.
 
@@ -74,12 +90,15 @@ def load_model(folder: str | Path) -> tuple[MultilabelClassifier, dict[str, Any]
         ``model.probabilities(model(model.prepare(images)))``.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the format is another one.
+        CheckpointError: there is no model, a file is missing or damaged, or the format is another one.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
+    check_path(folder)
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; expected the folder of a model, such as runs/NAME/best")
     try:
         description = json.loads((folder / "config.json").read_text())
         tensors = load_file(folder / "model.safetensors")

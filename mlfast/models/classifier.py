@@ -48,7 +48,8 @@ class MultilabelClassifier(nn.Module):
         mean, std: per-channel statistics of images in [0, 1] which the backbone expects.
 
     Shape:
-        input ``[B, 3, H, W]`` float, as `prepare` gives it; output ``[B, K]``, float32 (logits: as autocast has it).
+        input ``[B, 3, H, W]`` float, as `prepare` gives it (integers raise a TypeError); output ``[B, K]``, float32
+        (logits: as autocast has it).
     """
 
     backbone: Any
@@ -89,6 +90,8 @@ class MultilabelClassifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """What the classifier takes of normalised images ``[B, 3, H, W]``: weighted by the graph branch, and pooled."""
+        if not images.is_floating_point():
+            raise TypeError(f"the model takes normalised images, got {images.dtype}; pass model.prepare(images)")
         features = extract_features(self.backbone, images)
         if self.graph_branch is not None:
             weight = self.graph_branch.weight()

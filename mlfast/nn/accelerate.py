@@ -71,6 +71,10 @@ def accelerate(model: nn.Module) -> tuple[nn.Module, AccelerateReport]:
     Returns:
         The model, a new object where the model itself was swapped, and the report. Print it.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"accelerate: got {type(model).__name__}, expected a torch.nn.Module, such as a model or a loss"
+        )
     walk = _Walk()
     root = walk.visit(model, "")
     for parent, name, new in walk.changes:

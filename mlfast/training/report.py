@@ -24,6 +24,7 @@ from mlfast.training.history import Record, curves
 if TYPE_CHECKING:
     from mlfast.training.trainer import Trainer
 
+_THRESHOLD = 0.5
 _PICTURES = 12  # of each kind of error
 _PICTURE_SIZE = 160  # pixels
 _MATRIX_CLASSES, _GRAPH_CLASSES = 30, 60  # the most frequent ones
@@ -56,11 +57,11 @@ class Mistake(NamedTuple):
 
 @dataclass
 class Mistakes:
-    """The worst of a split, one label an image.
+    """The worst errors of a split at a threshold of 0.5, one label an image.
 
     Attributes:
-        false_positives: labels that an image has not, the most probable first.
-        misses: labels that an image has, the least probable first.
+        false_positives: labels that an image has not and that reach the threshold, the most probable first.
+        misses: labels that an image has and that do not reach it, the least probable first.
     """
 
     false_positives: list[Mistake] = field(default_factory=list)
@@ -68,8 +69,9 @@ class Mistakes:
 
     def add(self, images: Tensor, probabilities: Tensor, targets: Tensor, names: Sequence[str]) -> None:
         """Take in a batch, and keep its images only where they are among the worst so far."""
-        highest = probabilities.where(targets == 0, -1.0).max(dim=1)
-        lowest = probabilities.where(targets > 0, 2.0).min(dim=1)
+        predicted = probabilities >= _THRESHOLD
+        highest = probabilities.where((targets == 0) & predicted, -1.0).max(dim=1)
+        lowest = probabilities.where((targets > 0) & ~predicted, 2.0).min(dim=1)
         for kept, (values, labels), sign in ((self.false_positives, highest, 1), (self.misses, lowest, -1)):
             for row in (sign * values).topk(min(_PICTURES, len(values))).indices.tolist():
                 value = float(values[row])
@@ -113,8 +115,8 @@ def render(
         f"<h2>Over the epochs</h2>{_inline(png(curves(records), dpi=100))}",
         f"<h2>Average precision of each class</h2>{_class_table(metrics, classes, targets)}",
         f"<h2>Precision and recall by threshold</h2>{_inline(png(_threshold_curves(scores, targets), dpi=100))}",
-        f"<h2>Worst false positives</h2>{_gallery(mistakes.false_positives, classes)}",
-        f"<h2>Worst misses</h2>{_gallery(mistakes.misses, classes)}",
+        f"<h2>Worst false positives at threshold 0.5</h2>{_gallery(mistakes.false_positives, classes)}",
+        f"<h2>Worst misses at threshold 0.5</h2>{_gallery(mistakes.misses, classes)}",
         f"<h2>Label graph</h2>{_label_graph(targets, classes)}",
         "<h2>Labels that come together</h2><p>Of the images with the label of a row, the share that has the label of a "
         f"column.</p>{_inline(png(_cooccurrence(scores, targets, classes), dpi=100))}",
@@ -189,7 +191,7 @@ def _label_graph(targets: np.ndarray, classes: Sequence[str]) -> str:
 def _cooccurrence(scores: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> Any:
     chosen = np.argsort(-(targets > 0).sum(axis=0), kind="stable")[:_MATRIX_CLASSES]
     figure = new_figure(11, 5.5)
-    panels = ("in the labels", targets > 0), ("as predicted, at threshold 0.5", scores >= 0.5)
+    panels = ("in the labels", targets > 0), ("as predicted, at threshold 0.5", scores >= _THRESHOLD)
     for axes, (title, present) in zip(figure.subplots(1, 2), panels, strict=True):
         present = present[:, chosen].astype(np.float32)
         together = present.T @ present

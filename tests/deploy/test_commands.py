@@ -41,6 +41,48 @@ def test_predict_names_bad_files_and_goes_on(pictures, tuned_folder, capsys):
     assert "1 of 4 images could not be read" in captured.err
 
 
+def test_predict_names_missing_files_and_goes_on(pictures, model_folder, capsys):
+    assert cli.main(["predict", str(model_folder[0]), f"{pictures}/nope.png", f"{pictures}/a.png"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{pictures}/a.png: ") and captured.out.count("\n") == 1
+    assert f"{pictures}/nope.png: No such file or directory" in captured.err
+    assert "1 of 2 images could not be read" in captured.err
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "export", "bench --deployed"])
+def test_a_run_is_not_its_model(command, pictures, tmp_path, capsys):
+    run = tmp_path / "run"
+    for name in ("best", "last"):
+        (run / name).mkdir(parents=True)
+        (run / name / "model.safetensors").touch()
+    (run / "config.yaml").touch()
+    arguments = [*command.split(), str(run), *([f"{pictures}/a.png"] if command == "predict" else [])]
+    assert cli.main(arguments) == 2
+    assert f"{run} is a run; its models are {run}/best and {run}/last\n" in capsys.readouterr().err
+    shutil.rmtree(run / "last")
+    assert cli.main(arguments) == 2
+    assert f"{run} is a run; its model is {run}/best\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "absent", "x.png", "--batch_size=3"],
+        ["evaluate", "absent", "--per_class", "--batch_size", "3", "--tune", "val", "--min_precision=0.9"],
+        ["export", "absent", "--fold_thresholds", "--max_drop=2", "--data_args={}"],
+        ["bench", "--deployed", "absent", "--batch_size", "4"],
+    ],
+)
+def test_names_of_options_may_have_either_dash(arguments, capsys):
+    assert cli.main(arguments) == 2  # for another reason
+    assert "absent does not exist" in capsys.readouterr().err
+
+
+def test_only_names_of_options_are_changed():
+    words = ["a_b", "--c_d=e_f", "--g_h", "i_j", "--", "--k_l"]
+    assert cli.with_dashes(words) == ["a_b", "--c-d=e_f", "--g-h", "i_j", "--", "--k_l"]
+
+
 def test_predict_csv_and_pictures(pictures, model_folder, capsys, tmp_path):
     drawn = tmp_path / "drawn"
     arguments = [str(model_folder[0]), f"{pictures}/**/*.png", "--format", "csv", "--draw", str(drawn)]
@@ -97,7 +139,7 @@ def test_export(tuned_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["predict", "MODEL", "absent/*.jpg"], "absent/*.jpg: no such file or folder"),
+        (["predict", "MODEL", "absent/*.jpg"], "absent/*.jpg: no file or folder matches"),
         (["predict", "MODEL", "IMAGE", "--threshold", "2"], "threshold: got 2.0"),
         (["predict", "absent", "IMAGE"], "absent does not exist"),
         (["predict", "model.pt", "IMAGE"], "refused"),
@@ -112,7 +154,11 @@ def test_export(tuned_folder, tmp_path, capsys):
         (["export", "MODEL", "--int8"], "--int8 is for --format openvino"),
         (["bench", "--deployed", "MODEL", "--runtimes", "tensorrt"], "--runtimes: got 'tensorrt'"),
         (["evaluate", "IMAGE", "--tune", "val"], "is not a model folder"),
-        (["export", "absent"], "no readable model in absent"),
+        (["export", "absent"], "absent does not exist; expected a model"),
+        (["evaluate", "absent"], "absent does not exist; expected a model"),
+        (["evaluate", "absent", "--tune", "val"], "absent does not exist; expected a model"),
+        (["bench", "--deployed", "absent"], "absent does not exist; expected a model"),
+        (["export", "a.png"], "a.png is a file; expected the folder of a model"),
         (["export", "MODEL", "--output", "x.xml"], "ends in .onnx"),
     ],
 )

@@ -174,6 +174,13 @@ def test_wrong_use(model_folder, tmp_path):
         export_model(folder, "torch", fold_thresholds=True)
 
 
+def test_a_place_that_cannot_be_written_is_named(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "exported_program", lambda *_: None)  # seconds that nothing here needs
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/x\.pt2 cannot be written \(.*\); choose another output \(--output FILE\)"):
+        export_model(model_folder[0], "torch", tmp_path / "file" / "x.pt2")
+
+
 def test_a_missing_package_is_named(model_folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r'needs openvino: pip install "mlfast\[openvino\]"|needs onnx'):

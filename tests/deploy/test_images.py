@@ -160,9 +160,10 @@ def test_find_images(tmp_path):
     (tmp_path / "odd[1].png").touch()  # a name before it is a pattern
     assert find_images([f"{root}/odd[1].png"]) == [f"{root}/odd[1].png"]
     (tmp_path / "bare").mkdir()
+    assert find_images([f"{root}/absent.png"]) == [f"{root}/absent.png"]  # reading it will say so
     with pytest.raises(ValueError, match="bare: no images in this folder"):
         find_images([f"{root}/bare"])
-    with pytest.raises(ValueError, match="no such file or folder"):
+    with pytest.raises(ValueError, match="no file or folder matches"):
         find_images([f"{root}/*.bmp"])
 
 

@@ -65,6 +65,18 @@ def test_another_number_of_classes_is_refused():
         Predictions(4).add(torch.rand(2, 3), torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("known_only", [False, True])
+@pytest.mark.parametrize(("wrong", "message"), [(-0.5, "from -0.5 to 1"), (2.25, "from 0 to 2.25")])
+def test_logits_are_refused_and_leave_nothing(known_only, wrong, message):
+    scores = torch.tensor([[0.0, 1.0], [0.5, wrong]])
+    predictions = Predictions(2, known_only)
+    with pytest.raises(ValueError, match=rf"{message}, expected 0 to 1; pass model\.probabilities"):
+        predictions.add(scores, torch.ones(2, 2))
+    assert predictions.num_images == 0
+    predictions.add(scores[:1], torch.ones(1, 2))
+    assert predictions.metrics().num_classes_evaluated == 2
+
+
 @pytest.mark.parametrize("options", [{"f1": "micro"}, {"absent": "skip"}])
 @pytest.mark.parametrize("known_only", [False, True])
 def test_unknown_definitions_are_refused(known_only, options):

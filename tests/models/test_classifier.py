@@ -48,6 +48,8 @@ def test_prepare_normalises_uint8_on_the_models_statistics():
     torch.testing.assert_close(model.prepare(images), (images / 255 - mean) / std)
     with pytest.raises(TypeError, match="uint8"):
         model.prepare(images.float())
+    with pytest.raises(TypeError, match=r"got torch\.uint8; pass model\.prepare\(images\)"):
+        model(images)
 
 
 def test_weights_in_the_state_are_all_trainable_parts():
@@ -103,7 +105,8 @@ def test_pretrained_without_a_network_names_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     message = (
-        r"published weights of backbone 'test_resnet.r160_in1k' could not be read: .*\n.*HF_HOME.*pretrained=False"
+        r"published weights of backbone 'test_resnet.r160_in1k' could not be read: .*\n.*HF_HOME.*--backbone_args .*"
+        r"pretrained=False, in mlfast train --pretrained false"
     )
     with pytest.raises(OSError, match=message):
         create_model("test_resnet.r160_in1k", 3, pretrained=True)

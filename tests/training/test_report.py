@@ -16,9 +16,10 @@ def test_a_run_ends_with_a_report_of_its_best_model(tiny):
     page = (result.run_dir / "report.html").read_text()
     assert f">{100 * result.best['mAP']:.1f}</td>" in page
     assert not re.findall(r"https?:|<script|<link|src=\"(?!data:)", page)
-    assert page.count("<figure>") == 24 and page.count('src="data:image/png') == 3 + ("An arrow from one label" in page)
+    assert 0 < page.count("<figure>") <= 24
+    assert page.count('src="data:image/png') == 3 + ("An arrow from one label" in page)
     for title in ("epochs", "each class", "threshold", "false positives", "misses", "together", "Label graph"):
-        assert re.search(f"<h2>[^<]*{title}</h2>", page), title
+        assert re.search(f"<h2>[^<]*{title}[^<]*</h2>", page), title
 
 
 def test_report_false_leaves_it_out(tiny):
@@ -33,15 +34,24 @@ def test_the_worst_mistakes_are_found_across_batches_and_unknown_labels_are_none
     mistakes = Mistakes()
     for rows in torch.arange(60).split(7):
         mistakes.add(images[rows], scores[rows], targets[rows], [f"image {row}" for row in rows.tolist()])
-    worst = scores.where(targets == 0, -1).max(dim=1)
+    worst = scores.where((targets == 0) & (scores >= 0.5), -1).max(dim=1)
     expected = worst.values.sort(descending=True)
     found = mistakes.false_positives
     assert [mistake.probability for mistake in found] == pytest.approx(expected.values[:12].tolist())
     assert [mistake.name for mistake in found] == [f"image {row}" for row in expected.indices[:12].tolist()]
     assert all(int(mistake.image[0, 0, 0]) == int(mistake.name.split()[1]) for mistake in found)
-    least = scores.where(targets > 0, 2).min(dim=1).values.sort().values[:12]
+    least = scores.where((targets > 0) & (scores < 0.5), 2).min(dim=1).values.sort().values[:12]
     assert [mistake.probability for mistake in mistakes.misses] == pytest.approx(least.tolist())
     assert all(mistake.targets[mistake.label] == 1 for mistake in mistakes.misses)
+
+
+def test_what_the_threshold_decides_rightly_is_no_mistake():
+    scores = torch.tensor([[0.77, 0.5], [0.49, 0.2], [0.5, 0.3]])
+    targets = torch.tensor([[1, 0], [1, 0], [1, 0]])
+    mistakes = Mistakes()
+    mistakes.add(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), scores, targets, ["a", "b", "c"])
+    assert [(mistake.name, mistake.label) for mistake in mistakes.misses] == [("b", 0)]
+    assert [(mistake.name, mistake.label) for mistake in mistakes.false_positives] == [("a", 1)]
 
 
 def test_precision_and_recall_by_threshold():

@@ -7,11 +7,14 @@ Run: pip install transformers accelerate
 import argparse
 
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
 
 import mlfast
 from mlfast.data import DigitScenes
 from mlfast.evaluation import multilabel_metrics
+from mlfast.torchvision_compat import import_torchvision
+
+import_torchvision()  # needed only where torch and torchvision are of two builds: README.md, Install
+from transformers import Trainer, TrainingArguments, set_seed  # noqa: E402
 
 
 class WithLoss(torch.nn.Module):

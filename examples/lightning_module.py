@@ -6,13 +6,16 @@ Run: pip install lightning
 
 import argparse
 
-import lightning
 import torch
 from torch.utils.data import DataLoader
 
 import mlfast
 from mlfast.data import DigitScenes
 from mlfast.evaluation import Predictions
+from mlfast.torchvision_compat import import_torchvision
+
+import_torchvision()  # needed only where torch and torchvision are of two builds: README.md, Install
+import lightning  # noqa: E402
 
 
 class Multilabel(lightning.LightningModule):

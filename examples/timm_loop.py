@@ -5,12 +5,15 @@ Run: python examples/timm_loop.py
 
 import argparse
 
-import timm
 import torch
 
 import mlfast
 from mlfast.data import DigitScenes
 from mlfast.evaluation import multilabel_metrics
+from mlfast.torchvision_compat import import_torchvision
+
+import_torchvision()  # needed only where torch and torchvision are of two builds: README.md, Install
+import timm  # noqa: E402
 
 
 def main(argv=None):

@@ -46,6 +46,10 @@ class AugmentedBatches:
         """What to call an image in a message."""
         return self.batches.name(row)
 
+    def close(self) -> None:
+        """End the processes that read."""
+        self.batches.close()
+
     def _augment(self, image: Tensor) -> Tensor:
         """``[3, H, W]``; draws in the order of `ImageTransform`."""
         if self.augment == "randaugment":

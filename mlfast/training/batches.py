@@ -50,6 +50,10 @@ class Batches(Protocol):
         """What to call an image in a message."""
         ...
 
+    def close(self) -> None:
+        """End the processes that read, if there are any."""
+        ...
+
 
 class Rows:
     """Which images make up which batch.
@@ -197,3 +201,6 @@ class TensorBatches:
     def name(self, row: int) -> str:
         """What to call an image in a message."""
         return f"image {row}"
+
+    def close(self) -> None:
+        """Nothing: no processes read."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +114,8 @@ def _check_same_settings(config: TrainConfig, saved: dict[str, Any], where: str)
 
 
 def _run(trainer: Trainer) -> RunResult:
-    trainer.run()
+    with closing(trainer):
+        trainer.run()
     return RunResult(trainer.run_dir, trainer.history.records, trainer.best)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import signal
 import time
 import weakref
@@ -29,8 +30,8 @@ class LoaderBatches:
     The order of an epoch depends on (seed, epoch), and of shards on the number of lanes too; what a transform draws
     from torch's CPU generator depends on (seed, epoch, row). The number of workers changes neither, so a run that
     continues in the middle of an epoch sees exactly what it would have seen. The caller's random state is left alone.
-    Workers read ahead two batches each. Those of a shuffled data set live as long as this object; those of an
-    evaluation, which is rare, are started for it.
+    Workers read ahead two batches each. Those of a shuffled data set live until `close`; those of an evaluation, which
+    is rare, are started for it.
 
     Args:
         images: gives uint8 ``[3, H, W]``, all of one size, and int8 ``[K]``.
@@ -68,18 +69,17 @@ class LoaderBatches:
             if shards
             else Rows(len(names), batch_size, seed, rank, world_size)
         )
-        self._loader: DataLoader[tuple[Tensor, Tensor, Tensor]] = DataLoader(
-            _SeededItems(images, seed or 0),
-            batch_sampler=self._order,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0 and seed is not None,
-            multiprocessing_context=start_method if workers else None,
-            worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator(),  # or the loader would draw from the run's own
-        )
-        if self._loader.persistent_workers:
-            atexit.register(_end_workers, weakref.ref(self._loader))
+        self._settings: dict[str, Any] = {
+            "dataset": _SeededItems(images, seed or 0),
+            "batch_sampler": self._order,
+            "num_workers": workers,
+            "pin_memory": device.type == "cuda",
+            "persistent_workers": workers > 0 and seed is not None,
+            "multiprocessing_context": start_method if workers else None,
+            "worker_init_fn": _leave_signals_to_the_parent,
+        }
+        self._loader = self._new_loader()
+        self._reading: weakref.WeakSet[Any] = weakref.WeakSet()  # what has workers
 
     def __len__(self) -> int:
         return len(self._order)
@@ -87,11 +87,27 @@ class LoaderBatches:
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from batch ``start`` on."""
         self._order.number, self._order.start = number, start
+        with _signals_held_back(self._loader):
+            batches = iter(self._loader)
+        self._reading.add(batches)
+        _READING.add(batches)
         try:
-            for images, targets, rows in self._loader:
+            for images, targets, rows in batches:
                 yield Batch(images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True), rows)
-        except BrokenImagesError as error:  # out of a worker the message comes behind a traceback in text
+        except Exception as error:
+            self.close()  # here and now: the traceback keeps hold of what has workers
+            if not isinstance(error, BrokenImagesError):
+                raise
+            # Out of a worker the message comes behind a traceback in text.
             raise TrainingError(str(error).rpartition("BrokenImagesError: ")[2].strip()) from error
+
+    def close(self) -> None:
+        """End the workers that still are there; a later epoch would start new ones."""
+        _end_workers(self._reading)
+        self._loader = self._new_loader()
+
+    def _new_loader(self) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
+        return DataLoader(**self._settings, generator=torch.Generator())  # or it would draw from the run's own
 
     def name(self, row: int) -> str:
         """The path of an image."""
@@ -156,14 +172,43 @@ def seeded(seed: int, epoch: int, row: int) -> Iterator[None]:
         yield
 
 
-def _end_workers(loader: weakref.ref[DataLoader[Any]]) -> None:
-    """Ask the workers of a loader that is still there on exit to end.
+_READING: weakref.WeakSet[Any] = weakref.WeakSet()  # of all `LoaderBatches`
 
-    Python itself would send each a single SIGTERM, which they leave to the parent, and then wait for them for ever.
+
+def _end_workers(reading: Iterable[Any]) -> None:
+    """End the workers of the loaders' iterators; torch asks them to, and no public call of it does.
+
+    Nobody else would: the garbage collector ends the queues before they can pass the request on, and Python on exit
+    sends each worker a single SIGTERM, which is left to the parent, and then waits for it for ever.
     """
-    iterator: Any = getattr(loader(), "_iterator", None)
-    if iterator is not None:
-        iterator._shutdown_workers()
+    for batches in list(reading):
+        if hasattr(batches, "_shutdown_workers"):  # of a loader with workers
+            batches._shutdown_workers()
+            for worker in batches._workers:
+                worker.kill()
+
+
+atexit.register(_end_workers, _READING)  # before Python's own, which was registered earlier
+
+
+@contextmanager
+def _signals_held_back(loader: DataLoader[Any]) -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM wait, in this process and in workers that begin: these may not know yet what to do.
+
+    Not so with "forkserver", whose server begins the workers.
+    """
+    context = loader.multiprocessing_context or multiprocessing
+    if not loader.num_workers or context.get_start_method() == "forkserver":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_PARENT)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM)
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
@@ -173,3 +218,4 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL) and None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_THE_PARENT)

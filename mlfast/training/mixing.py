@@ -47,6 +47,10 @@ class MixedBatches:
         """What to call an image in a message."""
         return self.batches.name(row)
 
+    def close(self) -> None:
+        """End the processes that read."""
+        self.batches.close()
+
 
 def mixup(images: Tensor, share: float) -> Tensor:
     """Mean of each image, with weight ``share``, and its partner, uint8 ``[B, 3, H, W]``, rounded."""

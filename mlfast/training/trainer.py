@@ -74,7 +74,8 @@ class Trainer:
         self.schedule = create_schedule(self.optimizer, config, self.total_steps)
         wrapped = wrap(model, processes, self.device)
         called: Callable[[Tensor], Tensor] = torch.compile(wrapped) if config.compile else wrapped  # the same weights
-        forward = functools.partial(self.apply, called)
+        # Not a method of this object: what refers to itself stays until the garbage collector comes by.
+        forward = functools.partial(_apply, config, model, called)
         self.take_step = Step(wrapped, forward, self.loss, self.optimizer, config, processes)
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.stopping = EarlyStopping(config.patience)
@@ -108,6 +109,12 @@ class Trainer:
         self._draw()
         write_report(self)
         self._say(summary(self.run_dir, self.history.records, self.best))
+
+    def close(self) -> None:
+        """End the processes that read images."""
+        for batches in (self.train, self.val, self.held_out):
+            if batches is not None:
+                batches.close()
 
     def _run_epoch(self, stop: StopRequest) -> None:
         start = time.perf_counter()
@@ -170,11 +177,7 @@ class Trainer:
 
     def apply(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """What a model says about uint8 images ``[B, 3, H, W]``, in the run's memory format and precision."""
-        if self.config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        images = self.model.prepare(images)
-        with autocast(self.device, self.config.precision):
-            return model(images)
+        return _apply(self.config, self.model, model, images)
 
     @torch.no_grad()
     def _evaluate(
@@ -295,3 +298,13 @@ class Trainer:
         torch.set_rng_state(own["rng"]["cpu"])
         if self.device.type == "cuda" and own["rng"]["cuda"]:
             torch.cuda.set_rng_state_all(own["rng"]["cuda"])
+
+
+def _apply(
+    config: TrainConfig, classifier: MultilabelClassifier, model: Callable[[Tensor], Tensor], images: Tensor
+) -> Tensor:
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    images = classifier.prepare(images)
+    with autocast(images.device, config.precision):
+        return model(images)

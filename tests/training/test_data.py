@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import typing
 import warnings
 from pathlib import Path
@@ -226,6 +227,7 @@ def test_workers_change_nothing(start_method):
     state = torch.get_rng_state()
     for epoch, start in ((0, 0), (1, 2)):
         assert_equal_batches(here.epoch(epoch, start), others.epoch(epoch, start))
+    others.close()
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -262,14 +264,58 @@ def test_signals_to_the_workers_do_not_end_them():
     assert len(list(batches)) == 5
 
 
-def test_workers_that_are_still_there_do_not_keep_a_process_from_ending():
-    code = "from tests.training.test_data import gradients\nbatches = gradients(batch_size=4, seed=0, workers=1)\n"
-    code += "epoch = batches.epoch(0); next(epoch); print('done', flush=True)"
+def test_signals_that_come_before_a_worker_is_ready_do_not_end_it(monkeypatch):
+    before = set(multiprocessing.active_children())
+
+    def start(worker):  # and the signals of a whole group come before it has begun
+        real(worker)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, number)
+
+    real = multiprocessing.Process.start
+    monkeypatch.setattr("torch.utils.data._utils.worker.signal_handling._set_worker_signal_handlers", slow_start)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
+    batches = gradients(batch_size=2, workers=1, start_method="fork")
+    assert len(list(batches.epoch(0))) == 6
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+    assert set(multiprocessing.active_children()) == before
+
+
+def slow_start(real=torch.utils.data._utils.signal_handling._set_worker_signal_handlers):
+    real()  # torch's own: a SIGTERM ends the worker
+    time.sleep(0.3)
+
+
+def test_workers_end_when_batches_are_closed_and_others_begin_for_another_epoch():
+    before = set(multiprocessing.active_children())
+    batches = gradients(batch_size=2, seed=0, workers=2)
+    epochs = [batches.epoch(0), batches.epoch(0)]
+    next(epochs[0])
+    batches.close()
+    assert set(multiprocessing.active_children()) == before
+    assert len(list(epochs[1])) == 6
+    batches.close()
+    assert set(multiprocessing.active_children()) == before
+
+
+class KilledAtFive(Gradients):
+    def __getitem__(self, row):
+        if row == 5:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory ends
+        return super().__getitem__(row)
+
+
+def test_workers_do_not_keep_a_process_from_ending_not_even_where_one_was_killed():
+    code = "from tests.training.test_data import *\nbatches = gradients(batch_size=4, seed=0, workers=1)\n"
+    code += "epoch = batches.epoch(0); next(epoch); print('read', flush=True)\n"
+    code += "val = LoaderBatches(KilledAtFive(12), 2, names=list('abcdefghijkl'), device=CPU, workers=2)\n"
+    code += "list(val.epoch(0))"
     path = {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
     ended = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | path, capture_output=True, text=True, timeout=90
     )
-    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+    assert (ended.returncode, ended.stdout) == (1, "read\n"), ended.stderr
+    assert "is killed by signal" in ended.stderr or "exited unexpectedly" in ended.stderr
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -44,6 +44,13 @@ class Processes:
             value = value.clone()
             dist.all_reduce(value)
         return value
+
+    @torch.no_grad()
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of the first process; every one of them has to ask."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether it is so in any process; every one of them has to ask."""
@@ -80,14 +87,19 @@ def without_averaging(model: nn.Module) -> contextlib.AbstractContextManager[Any
 
 
 @contextlib.contextmanager
-def joined_processes() -> Iterator[Processes]:
-    """The processes that torchrun started; one, where it did not."""
+def joined_processes(device: str = "auto") -> Iterator[Processes]:
+    """The processes that torchrun started; one, where it did not.
+
+    Args:
+        device: the setting: GPUs talk over NCCL, all else over gloo.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Processes()
         return
-    if torch.cuda.is_available():
+    on_gpus = torch.cuda.is_available() and device.startswith(("auto", "cuda"))
+    if on_gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if on_gpus else "gloo")
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())
     finally:

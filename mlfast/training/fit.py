@@ -60,7 +60,7 @@ def fit(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Ru
     _check_packages()
     if resume and config.name is None:
         raise ConfigError(["name: got nothing, expected the name of the run that resume is about"])
-    with joined_processes() as processes:
+    with joined_processes(config.device) as processes:
         run_dir = Path(config.runs_dir) / str(config.name) if resume else _free_run_dir(config)
         run_dir = processes.gather(run_dir)[0]  # the first one's choice, before it makes the folder
         if resume and (run_dir / "state.pt").exists():
@@ -80,8 +80,9 @@ def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
     """
     _check_packages()
     run_dir = Path(run_dir)
-    with joined_processes() as processes:
-        return _continue(TrainConfig.from_dict(_saved_settings(run_dir)), run_dir, processes, quiet)
+    config = TrainConfig.from_dict(_saved_settings(run_dir))
+    with joined_processes(config.device) as processes:
+        return _continue(config, run_dir, processes, quiet)
 
 
 def _continue(config: TrainConfig, run_dir: Path, processes: Processes, quiet: bool) -> RunResult:

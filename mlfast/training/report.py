@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import copy
 import html
 import io
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -78,8 +80,22 @@ class Mistakes:
                 if 0 <= value <= 1:
                     image = images[row].cpu()
                     kept.append(Mistake(value, int(labels[row]), targets[row].cpu(), image, names[row]))
-            kept.sort(key=lambda mistake: -sign * mistake.probability)
-            del kept[_PICTURES:]
+        self._keep_the_worst()
+
+    @classmethod
+    def of_all(cls, shares: Sequence[Mistakes]) -> Mistakes:
+        """The worst of a split, of which each process had a share."""
+        whole = cls()
+        for share in shares:
+            whole.false_positives += share.false_positives
+            whole.misses += share.misses
+        whole._keep_the_worst()
+        return whole
+
+    def _keep_the_worst(self) -> None:
+        self.false_positives.sort(key=lambda mistake: -mistake.probability)
+        self.misses.sort(key=lambda mistake: mistake.probability)
+        del self.false_positives[_PICTURES:], self.misses[_PICTURES:]
 
 
 @torch.no_grad()
@@ -87,21 +103,25 @@ def write_report(trainer: Trainer) -> None:
     """Write ``report.html`` into the folder of a finished run, about the model in its ``best``.
 
     It takes one more pass over the validation images; ``report: false`` leaves it out. Where several processes train,
-    the page is about the first one's share of the images, and says so.
+    all of them have to call it, and each looks at its share.
     """
-    if not (trainer.config.report and trainer.processes.is_first and trainer.history.records):
+    if not (trainer.config.report and trainer.history.records):
         return
-    best = trainer.run_dir / "best"  # missing where no class has a positive
-    model, description = load_model(best if best.exists() else trainer.run_dir / "last")
-    model.to(trainer.device)
-    predictions, mistakes = Predictions(len(description["classes"])), Mistakes()
+    model, classes = copy.deepcopy(trainer.model).eval(), trainer.description["classes"]
+    if trainer.processes.is_first:
+        best = trainer.run_dir / "best"  # missing where no class has a positive
+        model.load_state_dict(load_model(best if best.exists() else trainer.run_dir / "last")[0].state_dict())
+    trainer.processes.share(itertools.chain(model.parameters(), model.buffers()))
+    predictions, mistakes = Predictions(len(classes)), Mistakes()
     for batch in trainer.val.epoch(0):
         probabilities = model.probabilities(trainer.apply(model, batch.images))
         predictions.add(probabilities, batch.targets)
         names = [trainer.val.name(int(row)) for row in batch.rows]
         mistakes.add(batch.images, probabilities, batch.targets, names)
-    page = render(trainer.run_dir.name, trainer.history.records, description["classes"], predictions, mistakes)
-    write_text(trainer.run_dir / "report.html", page)
+    predictions, mistakes = predictions.gather(), Mistakes.of_all(trainer.processes.gather(mistakes))
+    if trainer.processes.is_first:
+        page = render(trainer.run_dir.name, trainer.history.records, classes, predictions, mistakes)
+        write_text(trainer.run_dir / "report.html", page)
 
 
 def render(

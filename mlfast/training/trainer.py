@@ -128,6 +128,7 @@ class Trainer:
             "compute_seconds": round(time.perf_counter() - start - self.waiting.seconds, 2),
         }
         for prefix, model in self._models():
+            self.processes.share(model.buffers())  # what is evaluated is what the first one saves
             record |= self._evaluate(model, self.val, prefix, stop)
             if self.held_out:
                 record |= self._evaluate(model, self.held_out, f"held_out_{prefix}", stop)

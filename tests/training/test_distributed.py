@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlfast.training import CheckpointError, ConfigError, TrainConfig, fit, resume
-from mlfast.training.distributed import Processes
+from mlfast.data.digits import DigitScenes
+from mlfast.training import CheckpointError, ConfigError, TrainConfig, fit, load_model, resume
+from mlfast.training.distributed import Processes, joined_processes
+from mlfast.training.optimization import create_loss
 from tests.training.test_fit import final_state, untimed
 
 # Batch norm would see half a batch in each process, and random depth another one.
@@ -75,11 +77,45 @@ def test_the_first_gradient_of_sam_can_stay_each_processs_own(tiny, two_processe
     assert two_processes(config.to_dict()) == [0, 0]
 
 
+def test_with_batch_norm_the_metrics_are_those_of_the_models_that_are_saved(tiny, two_processes):
+    """Each process has running statistics of its own; the first one's are saved."""
+    config = tiny(name="norm", backbone_args={}, epochs=1, val_images=37, ema_decay=0.5, report=True)
+    assert two_processes(config.to_dict()) == [0, 0]
+    run_dir = Path(config.runs_dir) / "norm"
+    (record,) = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    (model, _), scenes = load_model(run_dir / "last"), DigitScenes("val", 37, 32)
+    for prefix, weights in (("", None), ("ema_", final_state(run_dir)["ema"]["model"])):
+        if weights:
+            model.load_state_dict(weights)
+        with torch.no_grad():
+            output = model.eval()(model.prepare(scenes.images))
+        loss = create_loss(config)(output, scenes.targets).item() / 37
+        assert record[f"{prefix}val_loss"] == pytest.approx(loss, rel=1e-5)
+    page = (run_dir / "report.html").read_text()
+    assert "on 37 validation images" in page
+    assert f">{100 * max(record['mAP'], record['ema_mAP']):.1f}</td>" in page
+
+
+@pytest.mark.parametrize(("device", "backend"), [("auto", "nccl"), ("cuda:0", "nccl"), ("cpu", "gloo")])
+def test_processes_talk_over_what_their_device_has(monkeypatch, device, backend):
+    chosen = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", lambda number: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", chosen.append)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    with joined_processes(device) as processes:
+        assert processes.is_first and chosen == [backend]
+
+
 def test_a_batch_that_cannot_be_dealt_out_is_refused(tiny, monkeypatch):
     class Three(Processes):
         def gather(self, value):
             return [value]
 
-    monkeypatch.setattr(sys.modules[fit.__module__], "joined_processes", lambda: contextlib.nullcontext(Three(0, 3)))
+    monkeypatch.setattr(sys.modules[fit.__module__], "joined_processes", lambda _: contextlib.nullcontext(Three(0, 3)))
     with pytest.raises(ConfigError, match="expected a multiple of the number of processes, 3"):
         fit(tiny(), quiet=True)

@@ -76,11 +76,12 @@ def _whole_blocks(backbone: Any, images: Tensor) -> Tensor:
     return F.pad(images, (0, right, 0, down)) if down or right else images
 
 
-@torch.no_grad()
 def probe_features(backbone: Any, name: str, image_size: int | None) -> tuple[int, bool]:
     """The channels of the features, and whether they are a map rather than tokens.
 
-    By a look at some: timm's num_features is the width of the head in some families.
+    By a look at some: timm's num_features is the width of the head in some families. What they do not depend on, such
+    as the last convolution of MobileNetV3, which stands behind the pooling, is frozen: its gradient would never come,
+    for which DistributedDataParallel waits.
 
     Raises:
         ValueError: they are neither.
@@ -90,7 +91,8 @@ def probe_features(backbone: Any, name: str, image_size: int | None) -> tuple[in
         built_for = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
         size = built_for or ((image_size, image_size) if image_size else backbone.pretrained_cfg["input_size"][1:])
     was_training = backbone.training
-    features = extract_features(backbone.eval(), torch.zeros(1, 3, *size))
+    with torch.enable_grad():
+        features = extract_features(backbone.eval(), torch.zeros(1, 3, *size))
     backbone.train(was_training)
     if not isinstance(features, Tensor) or features.ndim not in (3, 4):
         got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -98,8 +100,23 @@ def probe_features(backbone: Any, name: str, image_size: int | None) -> tuple[in
             f"backbone {name!r} gives features {got}, but the heads need a feature map [B, channels, height, width] or "
             "tokens [B, N, channels]; choose a convolutional backbone, such as 'resnet50' or 'tf_efficientnetv2_s'"
         )
+    if features.requires_grad:  # not in inference mode
+        reached = _leaves(features)
+        for weight in backbone.parameters():
+            weight.requires_grad_(weight.requires_grad and weight in reached)
     is_map = features.ndim == 4
     return features.shape[1 if is_map else 2], is_map
+
+
+def _leaves(result: Tensor) -> set[Tensor]:
+    """What a backward pass from here would reach, without one."""
+    nodes: list[Any] = [result.grad_fn]
+    seen = set(nodes)
+    for node in nodes:  # which grows
+        following = {other for other, _ in node.next_functions if other is not None} - seen
+        seen |= following
+        nodes += following
+    return {node.variable for node in nodes if hasattr(node, "variable")}
 
 
 def _has_fixed_size(config: Any) -> bool:

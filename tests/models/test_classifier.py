@@ -65,6 +65,21 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
+@pytest.mark.parametrize(
+    ("backbone", "behind"),
+    [("test_convnext", {"head.norm.weight", "head.norm.bias"}), ("test_vit", set()),
+     ("mobilenetv3_small_050", {"conv_head.weight", "conv_head.bias"})],
+)  # fmt: skip
+def test_what_stands_behind_the_features_is_frozen_and_nothing_else(backbone, behind):
+    model = create_model(backbone, 3, head="ml_decoder", image_size=160)
+    weights = dict(model.named_parameters())
+    model(torch.randn(2, 3, 160, 160)).sum().backward()
+    assert {name for name, weight in weights.items() if weight.grad is None} == {f"backbone.{name}" for name in behind}
+    assert all(weight.requires_grad == (weight.grad is not None) for weight in weights.values())
+    with torch.inference_mode():
+        assert next(create_model("test_resnet", 3).parameters()).requires_grad
+
+
 def test_backbone_arguments_reach_timm():
     assert create_model("resnet10t", 3, channels=(8, 16, 24, 32), stem_width=8).classifier.in_features == 32
     with pytest.raises(ValueError, match=r"'test_resnet' does not take these arguments \['nonsense'\]"):

@@ -73,7 +73,9 @@ def test_two_processes_train_as_one_and_continue(tiny, two_processes):
 
 
 def test_the_first_gradient_of_sam_can_stay_each_processs_own(tiny, two_processes):
-    config = tiny(name="own", sam_rho=0.05, sam_average=False, **SETTINGS | {"epochs": 1})
+    """With a backbone that has weights behind its features, whose gradients nobody may wait for."""
+    settings = {"backbone": "test_convnext", "backbone_args": {}, "epochs": 1, "lr": 0.05, "val_images": 8}
+    config = tiny(name="own", sam_rho=0.05, sam_average=False, **settings)
     assert two_processes(config.to_dict()) == [0, 0]
 
 

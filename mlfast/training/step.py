@@ -14,9 +14,12 @@ from torch.optim import Optimizer
 from mlfast.training.batch_norm import uncounted_batches
 from mlfast.training.config import TrainConfig
 from mlfast.training.distributed import ONE_PROCESS, Processes, without_averaging
+from mlfast.training.errors import TrainingError
 from mlfast.training.sam import SAM, frozen_batch_norm_statistics
 
 Forward = Callable[[Tensor], Tensor]
+
+_LEAST_SCALE = 2.0**-13  # of the loss in float16; it begins at 2**16, and each overflow halves it
 
 
 class Step:
@@ -73,7 +76,22 @@ class Step:
         return loss, norm
 
     def _is_bad(self, loss: Tensor, norm: Tensor) -> bool:
-        return self.processes.any(not bool(torch.isfinite(loss) & torch.isfinite(norm)), loss.device)
+        good = torch.isfinite(loss)
+        if not self.scaler.is_enabled():  # a gradient that overflows is its everyday business: it lowers the scale
+            good &= torch.isfinite(norm)
+        return self.processes.any(not bool(good), loss.device)
+
+    def check_scale(self) -> None:
+        """Look whether float16 still has room for the gradient; a GPU waits for it.
+
+        Raises:
+            TrainingError: it has not: every step overflows, whatever the scale, and none moves the weights.
+        """
+        if self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE:
+            raise TrainingError(
+                f"the gradient overflows float16 even with the loss scaled to {self.scaler.get_scale():.1g}, so the "
+                "weights no longer move; try precision: bf16 or fp32, or a lower lr"
+            )
 
     def _backward(self, images: Tensor, targets: Tensor, average: bool = True) -> Tensor:
         """Add the gradient of the whole batch to the weights; returns its loss per image.

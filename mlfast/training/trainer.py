@@ -93,7 +93,7 @@ class Trainer:
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM; the state has been saved.
-            TrainingError: the loss is not finite. The last saved state is the one before.
+            TrainingError: the loss is not finite, or float16 does not hold the gradient. The last saved state is the one before.
         """
         if self.epoch == self.step == 0:
             self._save_state()  # from now on the run can be continued, whenever it is killed
@@ -149,6 +149,7 @@ class Trainer:
                 self._train_step(batch)
                 if self.step % _LOOK_EVERY == 0 or self.step == steps:
                     loss = self._check_loss()
+                    self.take_step.check_scale()
                     speed = (self.step - first) * self.config.batch_size / (time.perf_counter() - start)
                     norm = self.recent.norm
                     lr = float(self.schedule.get_last_lr()[0])

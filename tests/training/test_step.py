@@ -6,7 +6,7 @@ from torch import nn
 
 import mlfast
 from mlfast.models import create_model
-from mlfast.training import TrainConfig
+from mlfast.training import TrainConfig, TrainingError
 from mlfast.training.optimization import create_optimizer
 from mlfast.training.sam import SAM
 from mlfast.training.step import Step, autocast
@@ -182,6 +182,42 @@ def test_bad_steps_are_left_out_and_counted_on_request(sam_rho):
     assert step.skipped == 1
     assert not torch.equal(before[0], step.weights[0])
     assert all(weight.isfinite().all() for weight in step.weights)
+
+
+class Steep(nn.Module):
+    """A loss of 0 whose gradient overflows where its scale is above 2; ``broken``: whatever its scale."""
+
+    def __init__(self, broken=False):
+        super().__init__()
+        self.slope = torch.inf if broken else torch.finfo(torch.float32).max / 2
+
+    def forward(self, output, targets):
+        loss = output.sum()
+        loss.register_hook(lambda gradient: gradient * 8 * self.slope)  # the loss is divided by the 8 images
+        return loss - loss.detach()
+
+
+@pytest.mark.parametrize("sam_rho", [0.0, 0.05])
+def test_overflows_of_half_precision_are_no_bad_steps(sam_rho):
+    step = make_step(torch.float32, sam_rho=sam_rho, precision="fp16", skip_bad_steps=1)
+    step.loss = Steep()
+    (results, _), scale = weights_after(step), step.scaler.get_scale()
+    assert not any(norm.isfinite() for _, norm in results)
+    assert scale == 2.0**13 and step.skipped == 0
+    step.loss = nn.MSELoss(reduction="sum")
+    step(BATCH.float(), torch.full((8, 3), torch.nan))
+    assert step.skipped == 1
+
+
+def test_a_gradient_that_overflows_at_every_scale_stops_the_run():
+    step = make_step(torch.float32, precision="fp16", skip_bad_steps=1)
+    step.loss = Steep(broken=True)
+    weights_after(step, steps=29)
+    step.check_scale()
+    weights_after(step, steps=1)
+    with pytest.raises(TrainingError, match="overflows float16 even with the loss scaled to 6e-05"):
+        step.check_scale()
+    make_step().check_scale()
 
 
 def test_the_state_goes_on():

@@ -202,8 +202,8 @@ def create_model(
         **backbone_args: passed on to ``timm.create_model``.
 
     Returns:
-        A model on the CPU, in training mode. Its ``mean`` and ``std`` are those the backbone was published with. Weights
-        of the backbone that stand behind the features, as the last convolution of MobileNetV3 does, are frozen.
+        A model on the CPU, in training mode. Its ``mean`` and ``std`` are those the backbone was published with.
+        Weights of the backbone that stand behind the features, as the last convolution of MobileNetV3 does, are frozen.
 
     Raises:
         ValueError: unknown backbone (close matches are named), unknown head, features that the head does not take,

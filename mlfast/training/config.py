@@ -190,10 +190,11 @@ class TrainConfig:
 
     def binding(self) -> dict[str, Any]:
         """The settings that a run must go on with; where it lies and runs, and what it writes beside, may change."""
-        return {name: value for name, value in self.to_dict().items() if name not in _FREE}
+        free = _FREE - {"workers"} if self.data in ("parquet", "webdataset") else _FREE  # their order depends on it
+        return {name: value for name, value in self.to_dict().items() if name not in free}
 
 
-_FREE = ("device", "name", "pretrained", "report", "runs_dir", "tensorboard", "workers")
+_FREE = {"device", "name", "pretrained", "report", "runs_dir", "tensorboard", "workers"}
 _FIELDS: dict[str, Field[Any]] = {item.name: item for item in fields(TrainConfig)}
 _TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
 

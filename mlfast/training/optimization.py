@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -26,20 +28,33 @@ def create_loss(config: TrainConfig) -> nn.Module:
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
-    """Weights, which decay; and biases, norms and other parameters of one dimension, which do not.
+    """Weights, which decay; biases, which do not; and others that do not.
 
-    Biases are apart, since ``config.bias_lr`` multiplies their learning rate.
+    These are norms and all of one dimension, the queries of a head, and what timm names for a backbone, such as the
+    position embeddings and class token of a vision transformer. Biases are apart, since ``config.bias_lr`` multiplies
+    their learning rate.
     """
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    weights = [weight for _, weight in trained if weight.ndim > 1]
-    biases = [weight for name, weight in trained if weight.ndim <= 1 and name.endswith("bias")]
-    norms = [weight for name, weight in trained if weight.ndim <= 1 and not name.endswith("bias")]
+    spared = _without_decay(model)
+    is_bias = {name: weight.ndim <= 1 and name.endswith("bias") for name, weight in trained}
+    decays = {name: weight.ndim > 1 and name not in spared for name, weight in trained}
+    weights = [weight for name, weight in trained if decays[name]]
+    biases = [weight for name, weight in trained if is_bias[name]]
+    others = [weight for name, weight in trained if not (decays[name] or is_bias[name])]
     groups: list[dict[str, object]] = [
         {"params": weights, "weight_decay": config.weight_decay, "lr": config.lr},
         {"params": biases, "weight_decay": 0.0, "lr": config.lr * config.bias_lr},
-        {"params": norms, "weight_decay": 0.0, "lr": config.lr},
+        {"params": others, "weight_decay": 0.0, "lr": config.lr},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _without_decay(model: nn.Module) -> set[str]:
+    """Names of parameters that a decay would draw to nothing, rather than keep a function smooth."""
+    backbone: Any = getattr(model, "backbone", None)
+    named = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
+    queries = {name for name, _ in model.named_parameters() if name.endswith("queries")}
+    return queries | {f"backbone.{name}" for name in named}
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:

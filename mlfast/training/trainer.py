@@ -93,7 +93,8 @@ class Trainer:
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM; the state has been saved.
-            TrainingError: the loss is not finite, or float16 does not hold the gradient. The last saved state is the one before.
+            TrainingError: the loss is not finite, or float16 does not hold the gradient. The last saved state is
+                the one before.
         """
         if self.epoch == self.step == 0:
             self._save_state()  # from now on the run can be continued, whenever it is killed

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mlfast
+from mlfast.models import create_model
 from mlfast.training import TrainConfig
 from mlfast.training.batches import TensorBatches
 from mlfast.training.history import History
@@ -60,6 +61,21 @@ def test_biases_and_norms_do_not_decay_and_biases_have_their_own_rate():
     assert [(group["weight_decay"], group["lr"]) for group in groups] == [(0.1, 0.5), (0.0, 1.0), (0.0, 0.5)]
     expected = [[model[0].weight], [model[0].bias, model[1].bias, model[2].bias], [model[1].weight]]
     assert [list(map(id, group["params"])) for group in groups] == [list(map(id, weights)) for weights in expected]
+
+
+def test_tokens_positions_and_queries_do_not_decay():
+    def spared(backbone, **settings):
+        model = create_model(backbone, 5, image_size=160, **settings)
+        names = {id(weight): name for name, weight in model.named_parameters()}
+        groups = parameter_groups(model, TrainConfig(weight_decay=0.1))
+        assert sum(len(group["params"]) for group in groups) == len(names)
+        kept = [names[id(weight)] for group in groups if not group["weight_decay"] for weight in group["params"]]
+        return {name for name in kept if model.get_parameter(name).ndim > 1}
+
+    learned = {"queries": "learned"}
+    of_tokens = {"backbone.cls_token", "backbone.pos_embed", "classifier.queries"}
+    assert spared("test_vit", head="ml_decoder", head_args=learned) == of_tokens
+    assert spared("test_resnet", head="q2l") == {"classifier.queries"}
 
 
 def test_the_losses():

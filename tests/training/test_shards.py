@@ -11,7 +11,7 @@ import torch
 from mlfast.data import load_annotations
 from mlfast.data.annotations import Shards
 from mlfast.data.shards import BlockReader
-from mlfast.training import Interrupted, fit, resume
+from mlfast.training import ConfigError, Interrupted, fit, resume
 from mlfast.training.batches import ShardRows
 from mlfast.training.data import create_data
 from tests.data.test_webdataset import tar
@@ -127,6 +127,8 @@ def test_interrupted_a_run_ends_bit_for_bit_as_if_it_had_not_been(tiny, on_shard
         with pytest.raises(Interrupted):
             fit(tiny(name="parts", **settings), quiet=True)
     monkeypatch.setattr("os.cpu_count", lambda: 3)  # another machine
+    with pytest.raises(ConfigError, match="workers: got 1, expected None as in"):
+        fit(tiny(name="parts", **settings | {"workers": 1}), resume=True, quiet=True)
     parts = resume(Path(tiny().runs_dir) / "parts", quiet=True)
     assert untimed(parts.history) == untimed(whole.history)
     assert_same(final_state(parts.run_dir), final_state(whole.run_dir))

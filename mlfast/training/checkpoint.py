@@ -66,8 +66,11 @@ def load_state(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: the run stopped before its first checkpoint") from error
     except Exception as error:  # a damaged archive surfaces as one of many types
         raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is not the state of a run: it holds a {type(state).__name__}; start a new run")
+    return state

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlfast.models.checkpoint import atomic_write, write_text
+from mlfast.models.checkpoint import CheckpointError, atomic_write, write_text
 from mlfast.training.drawing import BLUE, GREEN, GREY, ORANGE, new_figure, png, tidy
 
 Record = dict[str, Any]
@@ -34,9 +34,18 @@ class History:
         self._board = _tensorboard_writer(path.parent / "tensorboard") if tensorboard and writes else None
 
     def restore(self, epochs: int) -> None:
-        """Take over the first epochs of the file and cut off the rest: a killed run may have left half a line."""
-        lines = self.path.read_text().splitlines()[:epochs] if epochs else []
-        self.records = [json.loads(line) for line in lines]
+        """Take over the first epochs of the file and cut off the rest: a killed run may have left half a line.
+
+        Raises:
+            CheckpointError: the file is missing or damaged, or epochs are missing in it.
+        """
+        try:
+            lines = self.path.read_text().splitlines()[:epochs] if epochs else []
+            self.records = [json.loads(line) for line in lines]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path} cannot be read ({error}); put that of the run back") from error
+        if len(lines) < epochs:
+            raise CheckpointError(f"{self.path} has {len(lines)} of {epochs} epochs; put that of the run back")
         if self.writes:
             write_text(self.path, "".join(line + "\n" for line in lines))
 

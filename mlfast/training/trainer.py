@@ -278,8 +278,20 @@ class Trainer:
         """Continue from what ``state.pt`` holds; on a CPU the run then goes on as if it had never stopped.
 
         Raises:
-            CheckpointError: another number of processes, or other classes.
+            CheckpointError: another number of processes, other classes, or something is missing or does not fit.
         """
+        try:
+            self._load_state(state)
+        except CheckpointError:
+            raise
+        except Exception as error:  # every part of the state has its own way to say so
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{self.run_dir / 'state.pt'} is not a state that this version can continue from: {reason}; start a "
+                "new run, or continue with the version that wrote it"
+            ) from error
+
+    def _load_state(self, state: dict[str, Any]) -> None:
         check_classes(state.get("classes", self.description["classes"]), self.description["classes"])
         self.model.load_state_dict(state["model"])
         if self.ema:

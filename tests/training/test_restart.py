@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlfast.training import ConfigError, Interrupted, TrainConfig, TrainingError, checkpoint, fit, resume
+from mlfast.training import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    TrainConfig,
+    TrainingError,
+    checkpoint,
+    fit,
+    resume,
+)
 from mlfast.training.trainer import Trainer
 from tests.training.test_fit import assert_same, at_step, final_state, untimed
 
@@ -77,6 +86,34 @@ def test_a_state_of_other_settings_is_refused(tiny):
     assert (run_dir / "state.pt").read_bytes() == before
     (run_dir / "config.yaml").write_text(settings.replace("workers: null", "workers: 0"))
     assert len(resume(run_dir, quiet=True).history) == 1  # the number of workers changes nothing
+
+
+def test_what_is_missing_in_a_run_folder_is_named(tiny):
+    run_dir = fit(tiny(epochs=1), quiet=True).run_dir
+    state = final_state(run_dir)
+    other_weights = state["model"] | {"classifier.weight": torch.zeros(2, 2)}
+    for wrong, message in (
+        (
+            {key: value for key, value in state.items() if key != "schedule"},
+            "state.pt .* it has no 'schedule'; start a new",
+        ),
+        (state | {"model": other_weights}, r"state.pt .* Error\(s\) in loading state_dict .*; start a new run"),
+        (state | {"processes": state["processes"] * 2}, "trained by 2 processes"),
+        ([state], "state.pt is not the state of a run: it holds a list; start a new run"),
+    ):
+        torch.save(wrong, run_dir / "state.pt")
+        with pytest.raises(CheckpointError, match=message):
+            resume(run_dir, quiet=True)
+    torch.save(state, run_dir / "state.pt")
+    metrics = run_dir / "metrics.jsonl"
+    for text, message in (
+        ('{"epoch": 1, "lo', r"cannot be read \("),
+        ("", "has 0 of 1 epochs"),
+        (None, "No such file"),
+    ):
+        metrics.unlink() if text is None else metrics.write_text(text)
+        with pytest.raises(CheckpointError, match=f"metrics.jsonl .*{message}.*; put that of the run back"):
+            resume(run_dir, quiet=True)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tiny, monkeypatch):

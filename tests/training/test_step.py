@@ -171,6 +171,25 @@ def test_recomputed_activations_change_nothing(sam_rho):
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+def test_compiled_models_can_compute_their_activations_again():
+    """Weights and batch norm's statistics are those of an eager model that keeps its activations, with SAM."""
+    results = []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = create_model("test_resnet", 3, cosine=False).double().train()
+        config = TrainConfig(sam_rho=0.05, grad_checkpointing=compiled, compile=compiled, lr=0.01)
+        if compiled:
+            model.backbone.set_grad_checkpointing(True)
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        step = Step(model, forward, nn.MSELoss(reduction="sum"), create_optimizer(model, config), config)
+        images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        for _ in range(2):
+            step(images, TARGETS[:4])
+        results.append(model.state_dict())
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("sam_rho", [0.0, 0.05])
 def test_bad_steps_are_left_out_and_counted_on_request(sam_rho):
     step = make_step(sam_rho=sam_rho, skip_bad_steps=2)

@@ -278,7 +278,7 @@ def test_signals_that_come_before_a_worker_is_ready_do_not_end_it(monkeypatch):
     batches = gradients(batch_size=2, workers=1, start_method="fork")
     assert len(list(batches.epoch(0))) == 6
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
-    assert set(multiprocessing.active_children()) == before
+    assert not set(multiprocessing.active_children()) - before
 
 
 def slow_start(real=torch.utils.data._utils.signal_handling._set_worker_signal_handlers):
@@ -292,10 +292,10 @@ def test_workers_end_when_batches_are_closed_and_others_begin_for_another_epoch(
     epochs = [batches.epoch(0), batches.epoch(0)]
     next(epochs[0])
     batches.close()
-    assert set(multiprocessing.active_children()) == before
+    assert not set(multiprocessing.active_children()) - before
     assert len(list(epochs[1])) == 6
     batches.close()
-    assert set(multiprocessing.active_children()) == before
+    assert not set(multiprocessing.active_children()) - before
 
 
 class KilledAtFive(Gradients):

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -50,8 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, argv: list[str]) -> int:
     """The command's exit status; what a user can mend becomes one message instead of a traceback."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"mlfast {command}: warning: {message}", file=sys.stderr)
+
     try:
-        return importlib.import_module(f"mlfast.cli.{command.replace('-', '_')}").main(argv)
+        with warnings.catch_warnings():  # which puts showwarning back
+            warnings.showwarning = show  # without the line of source code, which says nothing to a user
+            return importlib.import_module(f"mlfast.cli.{command.replace('-', '_')}").main(argv)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -89,7 +89,9 @@ def chosen_data(options: argparse.Namespace, model: Path) -> DataChoice:
     if kind == "digits":
         sizes = {role: settings.get(f"{role}_images") or DEFAULT_DIGITS[f"{role}_images"] for role in _ROLES}
     arguments = settings.get("data_args") or {} if options.data_args is None else _mapping(options.data_args)
-    return DataChoice(kind, options.data_root or settings.get("data_root"), arguments, splits, sizes, _holds_out(settings))
+    return DataChoice(
+        kind, options.data_root or settings.get("data_root"), arguments, splits, sizes, _holds_out(settings)
+    )
 
 
 def _holds_out(settings: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlfast.cli.train import read_settings, with_config_option
+from mlfast.data.arguments import either_dash, names_of
 
 
 def main(argv: list[str]) -> int:
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--low", type=float, help="lowest rate; the default depends on loss and optimizer")
     parser.add_argument("--high", type=float, help="highest rate")
     parser.add_argument("--picture", default="lr_search.png", metavar="FILE", help="[%(default)s]")
-    options, others = parser.parse_known_args(argv)
+    options, others = parser.parse_known_args(either_dash(argv, names_of(parser)))
     for name, value in (("trials", options.trials), ("trial_epochs", options.trial_epochs)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlfast.training.trainer import Trainer
 
 _PACKAGES = ("timm", "torchvision", "safetensors", "tqdm", "yaml", "matplotlib", "sklearn")
+_TRACES = {"config.yaml", "bad_step.json", "tensorboard"}  # what a run leaves that failed in its first epoch
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def create_trainer(
     from mlfast.models import create_model
     from mlfast.training.checkpoint import describe_model
     from mlfast.training.data import create_data
+    from mlfast.training.initial_weights import load_initial_weights
     from mlfast.training.labels import graph_arguments
     from mlfast.training.trainer import Trainer
 
@@ -151,6 +153,10 @@ def create_trainer(
         **graph_arguments(config, data.count_labels, data.classes),
         **config.backbone_args,
     )
+    if config.weights and state is None:
+        told = load_initial_weights(model, config.weights, data.classes, config.min_match)
+        if processes.is_first and not quiet:
+            print(told)
     model.to(device)
     if config.grad_checkpointing:
         _checkpoint_activations(model.backbone, config.backbone)
@@ -160,8 +166,7 @@ def create_trainer(
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if state is None:  # everything that can be wrong has been tried: only now does something appear on disk
         if processes.is_first:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_text(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+            _make_run_dir(run_dir, yaml.safe_dump(config.to_dict(), sort_keys=False))
         processes.wait()
         torch.manual_seed(config.seed + processes.rank)  # the same weights, but not the same dropout
     trainer = Trainer(
@@ -174,10 +179,22 @@ def create_trainer(
         describe_model(config, model, data.classes),
         processes,
         quiet,
+        data.summary,
     )
     if state is not None:
         trainer.load_state(state)
     return trainer
+
+
+def _make_run_dir(run_dir: Path, settings: str) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "bad_step.json").unlink(missing_ok=True)  # of a start that failed
+        write_text(run_dir / "config.yaml", settings)
+    except OSError as error:
+        raise ConfigError(
+            [f"runs_dir: {run_dir} cannot be written ({error.strerror}), expected a folder that can"]
+        ) from error
 
 
 def _check_packages(packages: Sequence[str] = _PACKAGES, extra: str = "train") -> None:
@@ -208,10 +225,10 @@ def _device(name: str) -> torch.device:
 
 
 def _free_run_dir(config: TrainConfig) -> Path:
-    """A folder that does not exist yet: the one asked for, or the next free number."""
+    """A folder without a run: the one asked for, or the next free number."""
     runs = Path(config.runs_dir)
     if config.name is not None:
-        if (runs / config.name).exists():
+        if _has_begun(runs / config.name):
             raise ConfigError(
                 [
                     f"name: {runs / config.name} exists already, expected a new name "
@@ -221,6 +238,16 @@ def _free_run_dir(config: TrainConfig) -> Path:
         return runs / config.name
     stem = f"{config.data}-{config.backbone.replace('/', '_')}"
     return next(path for number in range(1, 1_000_000) if not (path := runs / f"{stem}-{number}").exists())
+
+
+def _has_begun(run_dir: Path) -> bool:
+    """Whether something else than the traces of a start that failed is there."""
+    try:
+        return not {path.name for path in run_dir.iterdir()} <= _TRACES
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:
+        return True
 
 
 @contextmanager

@@ -379,9 +379,9 @@ def no_split(csv_root):
 def test_splits_that_share_images_are_refused_with_the_remedy(on_files, no_split, csv_root, tmp_path):
     remedy = f"mlfast data split csv {csv_root} --file {{}} --split {{}} --into train=0.8 val=0.2"
     for settings, count, arguments in (
-        (no_split | {"val_split": "val"}, "'train' and 'val' share 64 images, such as images/000.jpg", ("nosplit.csv", "train")),
+        (no_split | {"val_split": "val"}, "share 64 images, such as images/000.jpg", ("nosplit.csv", "train")),
         ({"train_split": "train+val"}, "share 16 images, such as images/048.jpg", ("labels.csv", "train+val")),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ConfigError) as caught:
             fit(on_files(**settings), quiet=True)
         assert count in str(caught.value) and remedy.format(*arguments) in str(caught.value)

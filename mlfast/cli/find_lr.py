@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
         "but a picture. docs/recipes.md describes both modes.",
         allow_abbrev=False,
     )
-    parser.add_argument("--mode", choices=("tpe", "range"), default="tpe", help="tpe: short runs; range: one epoch")
+    parser.add_argument("--mode", choices=("tpe", "range"), default="tpe", help="tpe: short runs; range: 100 steps")
     parser.add_argument("--trials", type=int, default=15, help="tpe: short runs  [%(default)s]")
     parser.add_argument("--trial_epochs", type=int, default=3, help="tpe: epochs of each  [%(default)s]")
     parser.add_argument("--low", type=float, help="lowest rate; the default depends on loss and optimizer")
@@ -48,6 +48,8 @@ def _search(options: argparse.Namespace, settings: dict[str, object]) -> None:
         trainer = create_trainer(config, Path(folder) / "search", ONE_PROCESS, quiet=True)
         if options.mode == "range":
             found = range_test(trainer, options.low, options.high)
+            if found.still_falls:
+                print(f"the loss still falls at the highest rate, {found.rates[-1]:.3g}; a higher --high may find more")
         else:
             found = tpe_search(trainer, options.trials, options.trial_epochs, options.low, options.high)
             print("      lr  mAP after each epoch")

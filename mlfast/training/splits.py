@@ -57,26 +57,25 @@ def has_split(kind: str, root: str | None, split: str, options: dict[str, Any]) 
 
 def _no_val(config: TrainConfig, train: Annotations, split: str) -> str:
     return (
-        f"val_split: {config.data_root} has no split {split!r}. {_remedy(config, train)}; or name another one with "
-        "val_split"
+        f"val_split: {config.data_root} has no split {split!r}; name another one, or train with --held_out 0.2, which "
+        f"keeps a part of {train.split} to validate on, or divide the images: {_division(config, train)}"
     )
 
 
 def _share(config: TrainConfig, train: Annotations, val: Annotations, shared: list[str]) -> str:
     return (
         f"val_split: {train.split!r} and {val.split!r} share {len(shared)} images, such as {shared[0]}, so validation "
-        f"would measure what was learned by heart; expected splits without a common image. {_remedy(config, train)}"
+        "would measure what was learned by heart; expected splits without a common image. mlfast data check names "
+        f"them. Divide the images ({_division(config, train)}), or train on one split alone: --held_out 0.2 keeps a "
+        "part of it to choose by, and to validate on where there is no other"
     )
 
 
-def _remedy(config: TrainConfig, train: Annotations) -> str:
+def _division(config: TrainConfig, train: Annotations) -> str:
     given = {name: value for name, value in config.data_args.items() if isinstance(value, (str, int))}
     options = "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items())
-    command = f"mlfast data split {config.data} {config.data_root}{options} --split {train.split}"
-    return (
-        f"Divide the images ({command} --into train=0.8 val=0.2), or validate on a part of the training images: "
-        "--held_out 0.2 and no val_split, where the data has no split of its own for it"
-    )
+    root = shlex.quote(str(config.data_root))
+    return f"mlfast data split {config.data} {root}{options} --split {train.split} --into train=0.8 val=0.2"
 
 
 def _load(config: TrainConfig, key: str, split: str, options: dict[str, Any]) -> tuple[Annotations | None, str]:

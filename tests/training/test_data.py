@@ -390,7 +390,9 @@ def test_splits_that_share_images_are_refused_with_the_remedy(on_files, no_split
 
 
 def test_where_there_is_no_other_split_held_out_images_validate(on_files, no_split, capsys):
-    with pytest.raises(ConfigError, match=r"val_split: .* has no split 'val'\. .*mlfast data split csv .*--held_out"):
+    with pytest.raises(
+        ConfigError, match=r"val_split: .* has no split 'val'; .*--held_out 0.2.*mlfast data split csv "
+    ):
         fit(on_files(**no_split), quiet=True)
     data = create_data(on_files(held_out=0.25, **no_split), CPU)
     assert data.held_out is None and data.train.num_images + data.val.num_images == 64

@@ -7,7 +7,8 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 COMMANDS = {
     "train": "train a model; without arguments, on built-in scenes of handwritten digits",
@@ -51,13 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, argv: list[str]) -> int:
     """The command's exit status; what a user can mend becomes one message instead of a traceback."""
-
-    def show(message: Warning | str, *_: object, **__: object) -> None:
-        print(f"mlfast {command}: warning: {message}", file=sys.stderr)
-
     try:
-        with warnings.catch_warnings():  # which puts showwarning back
-            warnings.showwarning = show  # without the line of source code, which says nothing to a user
+        with _plain_warnings(command):
             return importlib.import_module(f"mlfast.cli.{command.replace('-', '_')}").main(argv)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,6 +81,21 @@ def with_dashes(argv: Sequence[str]) -> list[str]:
             name, equals, value = word.partition("=")
             words[place] = name.replace("_", "-") + equals + value
     return words
+
+
+@contextmanager
+def _plain_warnings(command: str) -> Iterator[None]:
+    """Show a warning as one line, without the line of source code that it came from."""
+
+    def line(message: Warning | str, *_: object, **__: object) -> str:
+        return f"mlfast {command}: warning: {message}\n"
+
+    before = warnings.formatwarning
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _show_version() -> int:

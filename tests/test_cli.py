@@ -175,7 +175,7 @@ def test_train_from_a_file(config, capsys, tmp_path):
         (["--lr", "x", "--epochs", "0"], "lr: got 'x', expected a finite number"),
         (["--lr", "x", "--epochs", "0"], "epochs: got 0, expected at least 1"),
         (["--bach-size", "3"], "bach-size: there is no such setting; did you mean batch_size?"),
-        (["--output_dir", "x"], "output_dir: there is no such setting; did you mean runs_dir?"),
+        (["--output_dir", "x"], "output_dir: there is no such setting; did you mean runs_dir? (mlfast train --help"),
         (["--lr", "1", "tiny.yaml", "wrong.yaml"], "got tiny.yaml and wrong.yaml, expected one file or recipe"),
         (["--epochs", "1", "absent.yaml"], "absent.yaml: there is no such file, nor a recipe of that name"),
         (["tiny.yaml", "--runs_dir", "tiny.yaml"], "runs_dir: tiny.yaml/digits-test_resnet-1 cannot be written (Not a"),

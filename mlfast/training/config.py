@@ -230,10 +230,11 @@ def field_default(item: Field[Any]) -> Any:
 def unknown_key(name: str) -> str:
     """Words for a setting that does not exist, with the nearest one that does."""
     plain = str(name).replace("-", "_")
-    near = [_OTHER_NAMES[plain]] if plain in _OTHER_NAMES else difflib.get_close_matches(plain, _FIELDS, n=1)
-    return f"{name}: there is no such setting; " + (
-        f"did you mean {near[0]}?" if near else "mlfast train --help lists them"
-    )
+    listed = "mlfast train --help lists them"
+    if plain in _OTHER_NAMES:
+        return f"{name}: there is no such setting; did you mean {_OTHER_NAMES[plain]}? ({listed})"
+    near = difflib.get_close_matches(plain, _FIELDS, n=1)
+    return f"{name}: there is no such setting; " + (f"did you mean {near[0]}?" if near else listed)
 
 
 def _problems(values: dict[str, Any]) -> list[str]:

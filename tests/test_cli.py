@@ -126,6 +126,41 @@ def test_options_go_over_the_file(config, capsys):
     assert "resume" not in out
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--batch-size", "8", "--name=x", "tiny.yaml", "--print_config"],
+        ["--print-config", "tiny.yaml", "--batch_size=8", "--name", "x"],
+        ["--set", "batch_size=8", "name=x", "tiny.yaml", "--print-config"],
+    ],
+)
+def test_options_with_either_dash_before_and_behind_the_file(config, capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", *arguments])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "batch_size: 8\n" in out and "train_images: 64\n" in out and "name: x\n" in out
+
+
+def test_graph_takes_the_options_of_the_reader(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "labels.csv").write_text("image,tags\na.jpg,dog|grass\nb.jpg,dog|grass\n")
+    options = ["--file", "labels.csv", "--label-column", "tags", "--out", "x.png"]
+    assert cli.main(["graph", "csv", ".", *options]) == 0
+    assert "dog -> grass  1.00" in capsys.readouterr().out
+
+
+def test_a_warning_is_one_line_without_source_code():
+    code = (
+        "import warnings\nimport mlfast.cli.recipes\nfrom mlfast import cli\n"
+        "before = warnings.formatwarning\n"
+        "mlfast.cli.recipes.main = lambda argv: warnings.warn('a.jpg is left out')\n"
+        "cli.main(['recipes'])\nassert warnings.formatwarning is before"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stderr == "mlfast recipes: warning: a.jpg is left out\n"
+
+
 def test_train_from_a_file(config, capsys, tmp_path):
     assert cli.main(["train", config, "--epochs", "1", "--name", "one"]) == 0
     assert "runs/one/curves.png" in capsys.readouterr().out
@@ -139,7 +174,11 @@ def test_train_from_a_file(config, capsys, tmp_path):
     [
         (["--lr", "x", "--epochs", "0"], "lr: got 'x', expected a finite number"),
         (["--lr", "x", "--epochs", "0"], "epochs: got 0, expected at least 1"),
-        (["--batch-size", "3"], "batch-size: there is no such setting; did you mean batch_size?"),
+        (["--bach-size", "3"], "bach-size: there is no such setting; did you mean batch_size?"),
+        (["--output_dir", "x"], "output_dir: there is no such setting; did you mean runs_dir? (mlfast train --help"),
+        (["--lr", "1", "tiny.yaml", "wrong.yaml"], "got tiny.yaml and wrong.yaml, expected one file or recipe"),
+        (["--epochs", "1", "absent.yaml"], "absent.yaml: there is no such file, nor a recipe of that name"),
+        (["tiny.yaml", "--runs_dir", "tiny.yaml"], "runs_dir: tiny.yaml/digits-test_resnet-1 cannot be written (Not a"),
         (["wrong.yaml"], "bach_size: there is no such setting; did you mean batch_size?"),
         (["absent.yaml"], "absent.yaml: there is no such file, nor a recipe of that name"),
         (["--backbone", "resnet51"], "unknown backbone 'resnet51'; did you mean"),
@@ -169,7 +208,7 @@ def test_unknown_keys_of_file_and_options_come_with_all_other_problems(config, c
     assert capsys.readouterr().err.splitlines() == [
         "mlfast train: 8 problems in the configuration:",
         "  momentumm: there is no such setting; did you mean momentum?",
-        "  verbose: there is no such setting",
+        "  verbose: there is no such setting; mlfast train --help lists them",
         "  seeed: there is no such setting; did you mean seed?",
         "  bach_size: there is no such setting; did you mean batch_size?",
         "  epoch: there is no such setting; did you mean epochs?",

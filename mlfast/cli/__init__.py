@@ -6,7 +6,9 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 COMMANDS = {
     "train": "train a model; without arguments, on built-in scenes of handwritten digits",
@@ -51,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, argv: list[str]) -> int:
     """The command's exit status; what a user can mend becomes one message instead of a traceback."""
     try:
-        return importlib.import_module(f"mlfast.cli.{command.replace('-', '_')}").main(argv)
+        with _plain_warnings(command):
+            return importlib.import_module(f"mlfast.cli.{command.replace('-', '_')}").main(argv)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -68,16 +71,19 @@ def _run(command: str, argv: list[str]) -> int:
     return USER_ERROR
 
 
-def with_dashes(argv: Sequence[str]) -> list[str]:
-    """The arguments with ``-`` for every ``_`` in the names of options, which may be written either way."""
-    words = list(argv)
-    for place, word in enumerate(words):
-        if word == "--":  # what follows are no options
-            break
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            words[place] = name.replace("_", "-") + equals + value
-    return words
+@contextmanager
+def _plain_warnings(command: str) -> Iterator[None]:
+    """Show a warning as one line, without the line of source code that it came from."""
+
+    def line(message: Warning | str, *_: object, **__: object) -> str:
+        return f"mlfast {command}: warning: {message}\n"
+
+    before = warnings.formatwarning
+    warnings.formatwarning = line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _show_version() -> int:

@@ -6,6 +6,8 @@ import argparse
 import math
 from pathlib import Path
 
+from mlfast.data.arguments import either_dash, names_of
+
 
 def main(argv: list[str]) -> int:
     """Run the ablation, or draw the losses alone."""
@@ -22,7 +24,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", default="ablation", metavar="FOLDER", help="for tables and pictures  [%(default)s]")
     parser.add_argument("--runs_dir", default="runs/ablation", metavar="FOLDER", help="[%(default)s]")
     parser.add_argument("--figures", action="store_true", help="only draw loss-curves.png, the paper's Figure 2")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(either_dash(argv, names_of(parser)))
     for name in ("seeds", "epochs", "images"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name}: got {getattr(options, name)}, expected at least 1")

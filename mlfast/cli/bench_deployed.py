@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlfast.cli import with_dashes
+from mlfast.data.arguments import either_dash, names_of
 
 if TYPE_CHECKING:
     from mlfast.deploy.speed import Speed
@@ -20,7 +20,8 @@ _PACKAGES = ("torch", "onnxruntime", "openvino")
 
 def main(argv: list[str]) -> int:
     """Time models and print a table for each."""
-    options = _parser().parse_args(with_dashes(argv))
+    parser = _parser()
+    options = parser.parse_args(either_dash(argv, names_of(parser)))
     from mlfast.deploy.speed import RUNTIMES, measure
 
     runtimes = tuple(options.runtimes.split(",")) if options.runtimes else RUNTIMES

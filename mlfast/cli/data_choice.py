@@ -31,6 +31,8 @@ class DataChoice:
         kind, root, options: as `mlfast.deploy.splits.read_split` takes them.
         splits: the names of the splits that training and validation took, by ``"train"`` and ``"val"``.
         sizes: how many images of these, where not all.
+        held_out: whether the run held images out of its training split, and would validate on them where no split is
+            named for it.
     """
 
     kind: str
@@ -38,6 +40,7 @@ class DataChoice:
     options: dict[str, Any]
     splits: dict[str, str]
     sizes: dict[str, int]
+    held_out: bool = False
 
     def split(self, name: str) -> str:
         """The split that is meant: ``"train"`` and ``"val"`` are those of the run, anything else is a name."""
@@ -46,8 +49,14 @@ class DataChoice:
     def read(self, name: str, info: ModelInfo, images: int | None = None) -> LabelledImages:
         """The labelled images of a split, in the model's size and order of classes."""
         from mlfast.deploy.splits import read_split
+        from mlfast.training.splits import has_split
 
         split = self.split(name)
+        if self.held_out and name == "val" and not has_split(self.kind, self.root, split, self.options):
+            raise ValueError(
+                f"val: {self.root} has no split {split!r}; the run validated on images held out of its training split, "
+                "and its report.html shows what they gave. Name another split with --split or --data"
+            )
         count = self.sizes.get(split) if images is None else images
         return read_split(self.kind, self.root, split, info, images=count, **self.options)
 
@@ -80,7 +89,15 @@ def chosen_data(options: argparse.Namespace, model: Path) -> DataChoice:
     if kind == "digits":
         sizes = {role: settings.get(f"{role}_images") or DEFAULT_DIGITS[f"{role}_images"] for role in _ROLES}
     arguments = settings.get("data_args") or {} if options.data_args is None else _mapping(options.data_args)
-    return DataChoice(kind, options.data_root or settings.get("data_root"), arguments, splits, sizes)
+    return DataChoice(
+        kind, options.data_root or settings.get("data_root"), arguments, splits, sizes, _holds_out(settings)
+    )
+
+
+def _holds_out(settings: dict[str, Any]) -> bool:
+    chosen = settings.get("val_split") is None and settings.get("data") != "digits"
+    share = settings.get("held_out")
+    return chosen and bool(settings.get("patience") if share is None else share)
 
 
 def _run_settings(model: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlfast.cli import with_dashes
 from mlfast.cli.data_choice import DataChoice, add_data_options, chosen_data
+from mlfast.data.arguments import either_dash, names_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,8 @@ examples:
 
 def main(argv: list[str]) -> int:
     """Print the metrics of a model, and choose its thresholds."""
-    options = _parser().parse_args(with_dashes(argv))
+    parser = _parser()
+    options = parser.parse_args(either_dash(argv, names_of(parser)))
     _check(options)
     import numpy as np
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mlfast.cli import with_dashes
 from mlfast.cli.data_choice import add_data_options, chosen_data
+from mlfast.data.arguments import either_dash, names_of
 
 _EXAMPLES = """\
 examples:
@@ -17,7 +17,8 @@ examples:
 
 def main(argv: list[str]) -> int:
     """Write a model for another runtime, verified in it."""
-    options = _parser().parse_args(with_dashes(argv))
+    parser = _parser()
+    options = parser.parse_args(either_dash(argv, names_of(parser)))
     if options.int8:
         return _export_int8(options)
     from mlfast.deploy import export_model

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlfast.cli.train import read_settings, with_config_option
+from mlfast.data.arguments import either_dash, names_of
 
 
 def main(argv: list[str]) -> int:
@@ -19,13 +20,13 @@ def main(argv: list[str]) -> int:
         "but a picture. docs/recipes.md describes both modes.",
         allow_abbrev=False,
     )
-    parser.add_argument("--mode", choices=("tpe", "range"), default="tpe", help="tpe: short runs; range: one epoch")
+    parser.add_argument("--mode", choices=("tpe", "range"), default="tpe", help="tpe: short runs; range: 100 steps")
     parser.add_argument("--trials", type=int, default=15, help="tpe: short runs  [%(default)s]")
     parser.add_argument("--trial_epochs", type=int, default=3, help="tpe: epochs of each  [%(default)s]")
     parser.add_argument("--low", type=float, help="lowest rate; the default depends on loss and optimizer")
     parser.add_argument("--high", type=float, help="highest rate")
     parser.add_argument("--picture", default="lr_search.png", metavar="FILE", help="[%(default)s]")
-    options, others = parser.parse_known_args(argv)
+    options, others = parser.parse_known_args(either_dash(argv, names_of(parser)))
     for name, value in (("trials", options.trials), ("trial_epochs", options.trial_epochs)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
@@ -47,6 +48,8 @@ def _search(options: argparse.Namespace, settings: dict[str, object]) -> None:
         trainer = create_trainer(config, Path(folder) / "search", ONE_PROCESS, quiet=True)
         if options.mode == "range":
             found = range_test(trainer, options.low, options.high)
+            if found.still_falls:
+                print(f"the loss still falls at the highest rate, {found.rates[-1]:.3g}; a higher --high may find more")
         else:
             found = tpe_search(trainer, options.trials, options.trial_epochs, options.low, options.high)
             print("      lr  mAP after each epoch")

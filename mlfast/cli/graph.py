@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Print and draw the label graph of a data set."""
-    options = _parser().parse_args(argv)
+    from mlfast.data.arguments import parse
     from mlfast.models import conditional_probabilities, create_label_graph
 
-    counts, names = _read_targets(options.targets) if options.targets else _read_data(options)
+    options, of_reader = parse(_parser(), argv)
+    counts, names = _read_targets(options.targets) if options.targets else _read_data(options, of_reader)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # labels without neighbours are printed below
         graph = create_label_graph(counts, threshold=options.threshold)
@@ -38,8 +39,11 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlfast graph",
+        allow_abbrev=False,
+        usage="mlfast graph [KIND ROOT] [--split SPLIT] [--OPTION VALUE ...]",
         description="Show the label graph that graph branches use: an edge from one label to another where the second "
-        "is on most images with the first. docs/models.md says how it is used.",
+        "is on most images with the first. docs/models.md says how it is used. The options of mlfast data "
+        "check for the kind are taken too.",
     )
     parser.add_argument("kind", nargs="?", default="digits", metavar="KIND", help="data set, as mlfast data  [digits]")
     parser.add_argument("root", nargs="?", metavar="ROOT", help="folder of the data set; none for digits")
@@ -60,14 +64,14 @@ def _read_targets(path: str) -> tuple[LabelCounts, list[str]]:
     return counts, [str(i) for i in range(len(counts.together))]
 
 
-def _read_data(options: argparse.Namespace) -> tuple[LabelCounts, list[str]]:
+def _read_data(options: argparse.Namespace, of_reader: dict[str, Any]) -> tuple[LabelCounts, list[str]]:
     import numpy as np
     import torch
 
     from mlfast.data import load_annotations
     from mlfast.models import LabelCounts
 
-    annotations = load_annotations(options.kind, options.root, options.split)
+    annotations = load_annotations(options.kind, options.root, options.split, **of_reader)
     counts = [torch.from_numpy(np.ascontiguousarray(part)) for part in annotations.cooccurrence()]
     return LabelCounts(*counts), list(annotations.classes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mlfast.cli import with_dashes
+from mlfast.data.arguments import either_dash, names_of
 
 _DEFAULTS: dict[str, Any] = {
     "backbone": "tf_efficientnetv2_s.in21k",
@@ -18,7 +18,8 @@ _CLASSES = {"coco": 80, "voc2007": 20, "nus_wide": 81, "vg500": 500, "openimages
 
 def main(argv: list[str]) -> int:
     """Print what a model costs beside the paper's figure for it, or the table of all."""
-    options = _parser().parse_args(with_dashes(argv))
+    parser = _parser()
+    options = parser.parse_args(either_dash(argv, names_of(parser)))
     if options.paper:
         return _print_paper()
     from mlfast.models.macs import TOOL, count

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlfast.cli import FAILED, with_dashes
+from mlfast.cli import FAILED
+from mlfast.data.arguments import either_dash, names_of
 
 if TYPE_CHECKING:
     from mlfast.deploy import Prediction, Predictor
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time  [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...; of a model folder  [%(default)s]")
-    options = parser.parse_args(with_dashes(argv))
+    options = parser.parse_args(either_dash(argv, names_of(parser)))
     from mlfast.deploy import Predictor
     from mlfast.deploy.images import find_images
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mlfast.cli import FAILED, INTERRUPTED
+from mlfast.data.arguments import either_dash, names_of
 
 _TRAIN_USAGE = "mlfast train [CONFIG.yaml | RECIPE] [--KEY VALUE ...]\n       mlfast train --resume RUN_DIR"
 _TRAIN_TEXT = """\
@@ -27,6 +28,7 @@ examples:
   mlfast train my.yaml --name x --resume auto      start it, or continue it: for jobs that may be killed
 """
 
+_FLAGS = ("--print_config", "--print-config", "-h", "--help")  # options without a value
 _METAVARS = {
     int: "N",
     int | None: "N",
@@ -78,13 +80,32 @@ def _run_training(argv: list[str]) -> None:
 
 
 def with_config_option(argv: list[str]) -> list[str]:
-    """The arguments with a leading file or name of a recipe as ``--config FILE``."""
-    if not argv or argv[0].startswith("-"):
+    """The arguments with the file or name of a recipe, before or behind the options, as ``--config FILE`` in front."""
+    places = _places_of_files(argv)
+    if not places:
         return argv
+    if len(places) > 1:
+        raise ValueError(f"got {' and '.join(argv[place] for place in places)}, expected one file or recipe")
     from mlfast.training.recipes import find_recipe
 
-    recipe = None if Path(argv[0]).exists() else find_recipe(argv[0])
-    return ["--config", str(recipe or argv[0]), *argv[1:]]
+    file = argv[places[0]]
+    recipe = None if Path(file).exists() else find_recipe(file)
+    return ["--config", str(recipe or file), *argv[: places[0]], *argv[places[0] + 1 :]]
+
+
+def _places_of_files(argv: Sequence[str]) -> list[int]:
+    """Where words stand that are neither an option nor the value of one."""
+    found, option = [], ""
+    for place, word in enumerate(argv):
+        if word.startswith("--") or word == "-h":
+            option = "" if word in _FLAGS or "=" in word else word
+        elif option == "--set" and "=" in word:
+            continue  # it takes several
+        elif not option or option == "--set":
+            found.append(place)
+        else:
+            option = ""
+    return found
 
 
 def read_settings(argv: list[str]) -> dict[str, Any]:
@@ -93,16 +114,18 @@ def read_settings(argv: list[str]) -> dict[str, Any]:
     Keys that do not exist are among them, for `TrainConfig.from_dict` to report with every other problem.
     """
     parser = _train_parser()
+    names = names_of(parser)
+    argv = either_dash(argv, names)
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", action="append", default=[])
     files.add_argument("--set", action="extend", nargs="+", default=[])
     found, argv = files.parse_known_args(argv)
     argv += [f"--{setting}" for setting in found.set]
     from_files = {key: value for path in found.config for key, value in _read_file(path).items()}
-    options, unknown = _known_options(argv, [name for action in parser._actions for name in action.option_strings])
-    names = {action.dest for action in parser._actions}
-    unknown |= {key: value for key, value in from_files.items() if key not in names}
-    parser.set_defaults({key: value for key, value in from_files.items() if key in names})
+    options, unknown = _known_options(argv, names)
+    keys = {action.dest for action in parser._actions}
+    unknown |= {key: value for key, value in from_files.items() if key not in keys}
+    parser.set_defaults({key: value for key, value in from_files.items() if key in keys})
     if unknown:  # a message is on its way: nothing may end the command before it
         options = [option for option in options if option not in ("--print_config", "-h", "--help")]
     settings = parser.parse_args(options).as_dict()

@@ -5,16 +5,36 @@ from __future__ import annotations
 import argparse
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mlfast.data.loading import options_of, reader
 
 
+def either_dash(argv: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The arguments with every option spelled as it is in ``names``: ``--batch-size`` and ``--batch_size`` are one."""
+    spelled = {name.replace("-", "_"): name for name in names if name.startswith("--")}
+    words = list(argv)
+    end = words.index("--") if "--" in words else len(words)  # behind it are no options
+    return [_spelled(word, spelled) if word.startswith("--") else word for word in words[:end]] + words[end:]
+
+
+def _spelled(word: str, spelled: Mapping[str, str]) -> str:
+    name, sign, value = word.partition("=")
+    return spelled.get(name.replace("-", "_"), name) + sign + value
+
+
+def names_of(parser: argparse.ArgumentParser) -> list[str]:
+    """The options of a parser, such as ``--split``."""
+    return [name for action in parser._actions for name in action.option_strings]
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The arguments of a parser with a positional `kind`, and the options of that format in its reader's types."""
+    argv = either_dash(argv, names_of(parser))
     known = parser.parse_known_args([argument for argument in argv if argument not in ("-h", "--help")] or argv)[0]
-    arguments = _with_reader_options(parser, known.kind).parse_args(argv)
+    parser = _with_reader_options(parser, known.kind)
+    arguments = parser.parse_args(either_dash(argv, names_of(parser)))
     return arguments, _reader_options(arguments, known.kind)
 
 

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 _PAPER = "the paper's 'MS-COCO 2014' counts, 117266 and 4952, are those of 2017 without unlabelled images"
 
 
-def splits(sources: Sources, **_: Any) -> list[str]:
-    """Training and validation; the labels of the test split are not public."""
-    return ["train", "val"]
+def splits(sources: Sources, *, year: int = 2017, **_: Any) -> list[str]:
+    """Training and validation, or the one that is there; the labels of the test split are not public."""
+    both = ["train", "val"]
+    return [split for split in both if sources.exists(f"annotations/instances_{split}{year}.json")] or both
 
 
 def read(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import warnings
 from collections import defaultdict
@@ -36,16 +37,16 @@ def problems_of(loaded: Sequence[Annotations], decode_all: bool) -> Iterable[str
         yield from _undecodable(loaded)
 
 
+def shared_images(first: Annotations, second: Annotations) -> list[str]:
+    """The paths that both splits list, in the order of the second."""
+    known = set(first.paths)
+    return [path for path in second.paths if path in known]
+
+
 def _shared(loaded: Sequence[Annotations]) -> Iterable[str]:
-    seen: dict[str, str] = {}
-    for part in loaded:
-        shared: dict[str, list[str]] = defaultdict(list)
-        for path in part.paths:
-            before = seen.setdefault(path, part.split)
-            if before != part.split:
-                shared[before].append(path)
-        for before, paths in shared.items():
-            yield f"{before} and {part.split} share {len(paths)} images: {names(paths)}"
+    for first, second in itertools.combinations(loaded, 2):
+        if shared := shared_images(first, second):
+            yield f"{first.split} and {second.split} share {len(shared)} images: {names(shared)}"
 
 
 def _missing(annotations: Annotations) -> Iterable[str]:

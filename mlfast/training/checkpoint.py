@@ -54,9 +54,18 @@ def check_classes(trained: Sequence[str], given: Sequence[str]) -> None:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write the state to continue from: tensors, numbers, strings, lists and dicts only."""
+    """Write the state to continue from: tensors, numbers, strings, lists and dicts only.
+
+    Raises:
+        OSError: it cannot be written; the state before it stays.
+    """
     with atomic_write(path) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch puts a failure of its archive over what the disk said
+                raise error.__context__ from None
+            raise
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -68,9 +77,19 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: the run stopped before its first checkpoint") from error
+        raise CheckpointError(
+            f"{path} is missing: the run stopped before its first checkpoint; start it again, it may have the same name"
+        ) from error
     except Exception as error:  # a damaged archive surfaces as one of many types
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        last = path.parent / "last"
+        begin = f", with --weights {last} to begin from its weights" if last.exists() else ""
+        raise CheckpointError(
+            f"{path} is damaged, so this run cannot go on ({_first_line(error)}); start another --name{begin}"
+        ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} is not the state of a run: it holds a {type(state).__name__}; start a new run")
     return state
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

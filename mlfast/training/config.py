@@ -106,6 +106,8 @@ class TrainConfig:
         "cooccurrence", "Model", "of a graph or its head: cooccurrence, a .npy array, or text as GloVe's"
     )
     pretrained: bool = _option(False, "Model", "start from timm's published weights (downloads them)")
+    weights: str | None = _option(None, "Model", "start from these: a model folder such as runs/x/best, or a file")
+    min_match: float = _option(0.9, "Model", "least share of the model that weights must give", _between(0, 1))
 
     loss: Literal["aam", "asl", "bce"] = _option(
         "aam", "Loss", "aam (of cosines), asl or bce (of logits); aam with both gammas 0 is the AM loss"
@@ -199,6 +201,23 @@ _FIELDS: dict[str, Field[Any]] = {item.name: item for item in fields(TrainConfig
 _TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
 
 
+# What other trainers call it -> what it is called here.
+_OTHER_NAMES = {
+    "checkpoint": "weights",
+    "init_weights": "weights",
+    "initial_checkpoint": "weights",
+    "learning_rate": "lr",
+    "model": "backbone",
+    "num_epochs": "epochs",
+    "num_workers": "workers",
+    "out": "runs_dir",
+    "out_dir": "runs_dir",
+    "output": "runs_dir",
+    "output_dir": "runs_dir",
+    "save_dir": "runs_dir",
+}
+
+
 def field_types() -> dict[str, Any]:
     """The type of every setting, for whoever parses settings from text."""
     return dict(_TYPES)
@@ -211,8 +230,12 @@ def field_default(item: Field[Any]) -> Any:
 
 def unknown_key(name: str) -> str:
     """Words for a setting that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(str(name), _FIELDS, n=1)
-    return f"{name}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
+    plain = str(name).replace("-", "_")
+    listed = "mlfast train --help lists them"
+    if plain in _OTHER_NAMES:
+        return f"{name}: there is no such setting; did you mean {_OTHER_NAMES[plain]}? ({listed})"
+    near = difflib.get_close_matches(plain, _FIELDS, n=1)
+    return f"{name}: there is no such setting; " + (f"did you mean {near[0]}?" if near else listed)
 
 
 def _problems(values: dict[str, Any]) -> list[str]:
@@ -255,6 +278,9 @@ _CONFLICTS: dict[tuple[str, ...], Callable[..., str]] = {
         " with device cpu, expected false (torch has it for GPUs only)" if sync and device == "cpu" else ""
     ),
     ("label_vectors", "graph", "head"): _missing_vectors,
+    ("weights", "pretrained"): lambda weights, pretrained: (
+        " with pretrained true, expected one of the two" if weights and pretrained else ""
+    ),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mlfast.data.annotations import AnnotationError, Annotations, LabelLists
+from mlfast.data.annotations import Annotations, LabelLists
 from mlfast.data.dataset import ImageDataset, to_tensor
 from mlfast.data.digits import DigitScenes
-from mlfast.data.loading import load_annotations, options_of, reader
 from mlfast.data.shards import WINDOW
 from mlfast.data.stratify import stratified_rows
 from mlfast.data.stream import ShardImages
@@ -24,21 +22,22 @@ from mlfast.models.label_graph import LabelCounts, count_labels
 from mlfast.training.augmentation import AugmentedBatches
 from mlfast.training.batches import Batches, TensorBatches
 from mlfast.training.config import TrainConfig
-from mlfast.training.data_settings import DEFAULT_DIGITS, DEFAULT_SPLITS
+from mlfast.training.data_settings import DEFAULT_DIGITS
 from mlfast.training.errors import ConfigError
 from mlfast.training.loader import Item, LoaderBatches
 from mlfast.training.mixing import MixedBatches
+from mlfast.training.splits import read_splits
 
 _EVALUATED_AT_ONCE = 256  # digits
-_LOOKED_FOR = 100  # images of a split
 _MOST_WORKERS = 4  # unless the settings say how many
 
 
 class Data(NamedTuple):
     """The splits of a run, and the names of the classes in the order of the targets.
 
-    ``held_out`` is the part of the training images that nothing is trained on, if there is one. ``count_labels`` counts
-    which labels occur together in the others.
+    ``held_out`` is the part of the training images that nothing is trained on, if there is one beside ``val``: where
+    the data has no other split, ``val`` is that part. ``count_labels`` counts which labels occur together in those that
+    are trained on. ``summary`` says for people what is what.
     """
 
     train: Batches
@@ -46,6 +45,7 @@ class Data(NamedTuple):
     held_out: Batches | None
     classes: tuple[str, ...]
     count_labels: Callable[[], LabelCounts]
+    summary: str
 
 
 def create_data(config: TrainConfig, device: torch.device, rank: int = 0, world_size: int = 1) -> Data:
@@ -92,6 +92,8 @@ def _digits(config: TrainConfig, share: dict[str, Any]) -> Data:
         batches(train, held_out) if len(held_out) else None,
         tuple(train.classes),
         lambda: count_labels(train.targets[kept]),
+        f"digits: {len(kept)} images of train to train on, {len(val)} of val to validate on"
+        + (f", {len(held_out)} held out of train to stop and choose by" if len(held_out) else ""),
     )
 
 
@@ -125,7 +127,7 @@ class _TensorImages(Dataset[Item]):
 
 
 def _files(config: TrainConfig, share: dict[str, Any]) -> Data:
-    train, val = _annotations(config)
+    train, val = read_splits(config)
     kept, held_out = _hold_out(train.positive, train.num_classes, config)
     crop = config.image_size if config.resize == "crop" else None
     augmented = _workers_transform(config, crop)
@@ -144,54 +146,28 @@ def _files(config: TrainConfig, share: dict[str, Any]) -> Data:
             **share,
         )
 
-    trained = train.subset(kept)
+    trained, left_out = train.subset(kept), train.subset(held_out)
+    if val is None and not len(left_out):
+        raise ConfigError([f"held_out: {config.held_out_share:g} of {len(train)} images is none, and there is no val"])
     return Data(
         batches(trained, augmented, config.seed),
-        batches(val, ImageTransform(crop)),
-        batches(train.subset(held_out), ImageTransform(crop)) if len(held_out) else None,
+        batches(left_out if val is None else val, ImageTransform(crop)),
+        batches(left_out, ImageTransform(crop)) if len(left_out) and val is not None else None,
         train.classes,
         lambda: LabelCounts(*map(torch.from_numpy, map(np.ascontiguousarray, trained.cooccurrence()))),
+        f"{config.data} in {config.data_root}: {_parts(len(trained), train.split, val, len(left_out))}",
     )
 
 
-def _annotations(config: TrainConfig) -> tuple[Annotations, Annotations]:
-    """Of the two splits, with the same classes in the same order."""
-    train_split, val_split = DEFAULT_SPLITS[config.data]
-    options = dict(config.data_args)
-    train, problem = _load(config, "train_split", config.train_split or train_split, options)
-    if train and "classes" in options_of(reader(config.data)):
-        options = {"classes": list(train.classes)} | options  # what is found in the other split may be less
-    val, other_problem = _load(config, "val_split", config.val_split or val_split, options)
-    if not train or not val:
-        raise ConfigError([text for text in (problem, other_problem) if text])
-    if train.classes != val.classes:
-        raise ConfigError([f"val_split: {val.split!r} has other classes than {train.split!r}; give both the same list"])
-    return train, val
-
-
-def _load(config: TrainConfig, key: str, split: str, options: dict[str, Any]) -> tuple[Annotations | None, str]:
-    """The labels of a split, or what is wrong with them."""
-    try:
-        annotations = load_annotations(config.data, config.data_root, split, **options)
-    except AnnotationError as error:
-        return None, f"{key}: {error}"
-    except (TypeError, ValueError) as error:  # a value of an option
-        return None, f"data_args: {error}"
-    if not len(annotations):
-        return None, f"{key}: {split!r} has no images"
-    if missing := _missing_images(annotations):
-        return None, f"{key}: there are labels of {len(annotations)} images, but {missing} does not exist, nor others"
-    return annotations, ""
-
-
-def _missing_images(annotations: Annotations) -> Path | None:
-    """The path of the first image if none of a sample is there. That some are missing is the data set's business."""
-    if annotations.shards:
-        return None
-    sample = np.linspace(0, len(annotations) - 1, min(len(annotations), _LOOKED_FOR)).astype(int).tolist()
-    if any((annotations.root / annotations.paths[row]).exists() for row in sample):
-        return None
-    return annotations.root / annotations.paths[0]
+def _parts(trained: int, split: str, val: Annotations | None, left_out: int) -> str:
+    """How many images each part of the data has, for people."""
+    parts = [f"{trained} images of {split} to train on"]
+    if val is not None:
+        parts.append(f"{len(val)} of {val.split} to validate on")
+    if left_out:
+        purpose = "to validate on, as there is no other split" if val is None else "to stop and choose by"
+        parts.append(f"{left_out} held out of {split} {purpose}")
+    return ", ".join(parts)
 
 
 def _hold_out(labels: LabelLists, num_classes: int, config: TrainConfig) -> Sequence[np.ndarray]:

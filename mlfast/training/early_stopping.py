@@ -34,6 +34,13 @@ class EarlyStopping:
             self.bad_epochs += 1
         return self.bad_epochs >= self.patience
 
+    def reason(self, score: str) -> str:
+        """Why it stopped, in words; ``score`` is the name of what was watched."""
+        if self.bad_epochs < self.patience:
+            return f"stopped early: the {score} is perfect"
+        epochs = "epoch" if self.bad_epochs == 1 else "epochs"
+        return f"stopped early: no better {score} for {self.bad_epochs} {epochs} (patience {self.patience})"
+
     def state_dict(self) -> dict[str, Any]:
         """For `load_state_dict`."""
         return {"smoothed": self.smoothed, "bad_epochs": self.bad_epochs}

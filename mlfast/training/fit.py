@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlfast.training.trainer import Trainer
 
 _PACKAGES = ("timm", "torchvision", "safetensors", "tqdm", "yaml", "matplotlib", "sklearn")
+_TRACES = {"config.yaml", "bad_step.json", "tensorboard"}  # what a run leaves that failed in its first epoch
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,21 @@ def fit(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Ru
     if resume and config.name is None:
         raise ConfigError(["name: got nothing, expected the name of the run that resume is about"])
     with joined_processes(config.device) as processes:
-        run_dir = Path(config.runs_dir) / str(config.name) if resume else _free_run_dir(config)
-        run_dir = processes.gather(run_dir)[0]  # the first one's choice, before it makes the folder
+        if resume:
+            run_dir = Path(config.runs_dir) / str(config.name)
+        else:
+            run_dir = processes.gather(_new_run_dir(config) if config.name or processes.is_first else Path())[0]
         if resume and (run_dir / "state.pt").exists():
             _check_same_settings(config, _saved_settings(run_dir), f"{run_dir / 'config.yaml'} (or another name)")
             return _continue(config, run_dir, processes, quiet)
         config = replace(config, name=run_dir.name)
-        with _reproducible(config):
-            return _run(create_trainer(config, run_dir, processes, quiet))
+        try:
+            with _reproducible(config):
+                return _run(create_trainer(config, run_dir, processes, quiet))
+        except BaseException:
+            with suppress(OSError):
+                run_dir.rmdir()  # while it is empty, nothing has begun
+            raise
 
 
 def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
@@ -129,6 +137,7 @@ def create_trainer(
     from mlfast.models import create_model
     from mlfast.training.checkpoint import describe_model
     from mlfast.training.data import create_data
+    from mlfast.training.initial_weights import load_initial_weights
     from mlfast.training.labels import graph_arguments
     from mlfast.training.trainer import Trainer
 
@@ -153,6 +162,10 @@ def create_trainer(
         **graph_arguments(config, data.count_labels, data.classes),
         **config.backbone_args,
     )
+    if config.weights and state is None:
+        told = load_initial_weights(model, config.weights, data.classes, config.min_match)
+        if processes.is_first and not quiet:
+            print(told)
     model.to(device)
     if config.grad_checkpointing:
         _checkpoint_activations(model.backbone, config.backbone)
@@ -162,8 +175,7 @@ def create_trainer(
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if state is None:  # everything that can be wrong has been tried: only now does something appear on disk
         if processes.is_first:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_text(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+            _make_run_dir(run_dir, yaml.safe_dump(config.to_dict(), sort_keys=False))
         processes.wait()
         torch.manual_seed(config.seed + processes.rank)  # the same weights, but not the same dropout
     trainer = Trainer(
@@ -176,10 +188,24 @@ def create_trainer(
         describe_model(config, model, data.classes),
         processes,
         quiet,
+        data.summary,
     )
     if state is not None:
         trainer.load_state(state)
     return trainer
+
+
+def _make_run_dir(run_dir: Path, settings: str) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "bad_step.json").unlink(missing_ok=True)  # of a start that failed
+        write_text(run_dir / "config.yaml", settings)
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
+
+
+def _unwritable(run_dir: Path, error: OSError) -> ConfigError:
+    return ConfigError([f"runs_dir: {run_dir} cannot be written ({error.strerror}), expected a folder that can"])
 
 
 def _check_packages(packages: Sequence[str] = _PACKAGES, extra: str = "train") -> None:
@@ -209,11 +235,11 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _free_run_dir(config: TrainConfig) -> Path:
-    """A folder that does not exist yet: the one asked for, or the next free number."""
+def _new_run_dir(config: TrainConfig) -> Path:
+    """A folder without a run: the one asked for, or the next free number, which then is taken."""
     runs = Path(config.runs_dir)
     if config.name is not None:
-        if (runs / config.name).exists():
+        if _has_begun(runs / config.name):
             raise ConfigError(
                 [
                     f"name: {runs / config.name} exists already, expected a new name "
@@ -222,7 +248,26 @@ def _free_run_dir(config: TrainConfig) -> Path:
             )
         return runs / config.name
     stem = f"{config.data}-{config.backbone.replace('/', '_')}"
-    return next(path for number in range(1, 1_000_000) if not (path := runs / f"{stem}-{number}").exists())
+    number = 1
+    while True:
+        path = runs / f"{stem}-{number}"
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:  # of another run, which may have begun a moment ago
+            number += 1
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+
+def _has_begun(run_dir: Path) -> bool:
+    """Whether something else than the traces of a start that failed is there."""
+    try:
+        return not {path.name for path in run_dir.iterdir()} <= _TRACES
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:
+        return True
 
 
 @contextmanager

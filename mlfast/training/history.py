@@ -96,7 +96,11 @@ def curves(records: list[Record]) -> Any:
     _curve(right, records, "mAP", 100, label="weights", color=ORANGE)
     _curve(right, records, "ema_mAP", 100, label="EMA", color=GREEN)
     right.set(title="validation mAP, %", xlabel="epoch", ylim=(0, 100))
-    _mark_best(right, records)
+    decides = "held_out_" if any("held_out_mAP" in record for record in records) else ""
+    if decides:
+        _curve(right, records, "held_out_mAP", 100, label="weights, held out", color=BLUE)
+        _curve(right, records, "held_out_ema_mAP", 100, label="EMA, held out", color=GREY)
+    _mark_best(right, records, decides)
     for axes in (left, right):
         tidy(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -109,8 +113,9 @@ def _curve(axes: Any, records: list[Record], key: str, factor: float, *, label: 
         axes.plot(*zip(*points, strict=True), label=label, color=color, linewidth=1.8, marker="o", markersize=3.5)
 
 
-def _mark_best(axes: Any, records: list[Record]) -> None:
-    points = [(record[key], record["epoch"]) for record in records for key in ("mAP", "ema_mAP") if record.get(key)]
+def _mark_best(axes: Any, records: list[Record], prefix: str) -> None:
+    keys = (f"{prefix}mAP", f"{prefix}ema_mAP")
+    points = [(record[key], record["epoch"]) for record in records for key in keys if record.get(key)]
     if points:
         value, epoch = max(points)
         axes.annotate(f"best {100 * value:.1f}", (epoch, 100 * value), xytext=(0, -22), textcoords="offset points",

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from mlfast.training.config import TrainConfig
 from mlfast.training.history import Record
 
+_HELD_OUT = (("held_out_mAP", 8, "{:.1f}", 100), ("held_out_ema_mAP", 12, "{:.1f}", 100))  # where there are such images
 _COLUMNS = (
     ("epoch", 5, "{:d}", 1),
     ("loss", 8, "{:.4f}", 1),
@@ -17,6 +19,7 @@ _COLUMNS = (
     ("OF1", 6, "{:.1f}", 100),
     ("CF1", 6, "{:.1f}", 100),
     ("ema_mAP", 7, "{:.1f}", 100),
+    *_HELD_OUT,
     ("images_per_second", 8, "{:.0f}", 1),
     ("seconds", 7, "{:.1f}", 1),
     ("data_seconds", 7, "{:.1f}", 1),
@@ -25,6 +28,8 @@ _COLUMNS = (
 _TITLES = {
     "val_loss": "val loss",
     "ema_mAP": "EMA mAP",
+    "held_out_mAP": "held-out",
+    "held_out_ema_mAP": "EMA held-out",
     "images_per_second": "images/s",
     "data_seconds": "waiting",
     "compute_seconds": "computing",
@@ -34,9 +39,26 @@ _SCORES = ("mAP", "OF1", "CF1", "OP", "OR", "CP", "CR")
 BAR_FORMAT = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
 
 
-def header() -> str:
+def introduction(config: TrainConfig, data: str, num_classes: int, device: torch.device, begun: int) -> str:
+    """What is about to be trained, in two lines; ``begun`` is the number of finished epochs."""
+    weights = "timm's weights" if config.pretrained else config.weights if config.weights else "random"
+    start = f"continued after epoch {begun}" if begun else f"initial weights: {weights}"
+    graph = f", graph {config.graph}" if config.graph != "none" else ""
+    length = f"{config.steps} steps" if config.steps else f"{config.epochs} epochs"
+    return (
+        f"data   {data}; {num_classes} classes\n"
+        f"model  {config.backbone}, head {config.head}{graph}, {start}; loss {config.loss}; "
+        f"{config.optimizer}, lr {config.lr:g}, {length}; {device}, {config.precision}\n"
+    )
+
+
+def header(held_out: bool) -> str:
     """The titles over the lines of `epoch_line`."""
-    return "  ".join(f"{_TITLES.get(key, key):>{width}}" for key, width, _, _ in _COLUMNS)
+    return "  ".join(f"{_TITLES.get(key, key):>{width}}" for key, width, _, _ in _columns(held_out))
+
+
+def _columns(held_out: bool) -> list[tuple[str, int, str, int]]:
+    return [column for column in _COLUMNS if held_out or column not in _HELD_OUT]
 
 
 def postfix(loss: float, lr: float, norm: float, speed: float) -> str:
@@ -56,21 +78,29 @@ def _most_memory() -> int:
 
 def epoch_line(record: Record) -> str:
     """One epoch in one line; scores in percent."""
-    return "  ".join(f"{_number(record.get(key), form, factor):>{width}}" for key, width, form, factor in _COLUMNS)
+    columns = _columns("held_out_mAP" in record)
+    return "  ".join(f"{_number(record.get(key), form, factor):>{width}}" for key, width, form, factor in columns)
 
 
 def result_table(records: list[Record], best: dict[str, Any]) -> str:
-    """Final scores in percent: the trained weights, their average, and the epoch which was kept as best."""
+    """Final scores in percent: the trained weights, their average, and the epoch which was kept as best.
+
+    Where images were held out, a column has the figure that decided which is best.
+    """
+    held_out = "held_out_mAP" in records[-1]
     rows = [("last weights", records[-1], "")]
     if "ema_mAP" in records[-1]:
         rows.append(("last EMA", records[-1], "ema_"))
     if best["epoch"]:
         source = "EMA" if best["prefix"] else "weights"
-        rows.append((f"best: {source}, epoch {best['epoch']}", records[best["epoch"] - 1], best["prefix"]))
+        by = " by held-out mAP" if held_out else ""
+        rows.append((f"best{by}: {source}, epoch {best['epoch']}", records[best["epoch"] - 1], best["prefix"]))
     width = max(len(title) for title, _, _ in rows)
-    lines = [" " * width + "".join(f"{score:>7}" for score in _SCORES)]
+    lines = [" " * width + "".join(f"{score:>7}" for score in _SCORES) + ("  held-out mAP" if held_out else "")]
     for title, record, prefix in rows:
-        cells = (f"{_number(record.get(prefix + score), '{:.1f}', 100):>7}" for score in _SCORES)
+        cells = [f"{_number(record.get(prefix + score), '{:.1f}', 100):>7}" for score in _SCORES]
+        if held_out:
+            cells.append(f"{_number(record.get(f'held_out_{prefix}mAP'), '{:.1f}', 100):>14}")
         lines.append(f"{title:<{width}}" + "".join(cells))
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import math
@@ -31,9 +32,10 @@ from mlfast.training.loader import WaitingTime
 from mlfast.training.optimization import create_loss, create_optimizer, create_schedule
 from mlfast.training.report import write_report
 from mlfast.training.step import Step, autocast
-from mlfast.training.terminal import BAR_FORMAT, epoch_line, header, postfix, summary
+from mlfast.training.terminal import BAR_FORMAT, epoch_line, header, introduction, postfix, summary
 
 _METRICS = ("mAP", "OF1", "CF1", "OP", "OR", "CP", "CR")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _LOOK_EVERY = 10  # steps between two looks at the loss: each look makes a GPU wait
 
 
@@ -49,6 +51,7 @@ class Trainer:
         description: what ``config.json`` says about the model.
         processes: that train together; the batches are this one's share.
         quiet: show nothing on the terminal.
+        data_summary: what the batches are, for people.
     """
 
     def __init__(
@@ -62,10 +65,11 @@ class Trainer:
         description: dict[str, Any],
         processes: Processes = ONE_PROCESS,
         quiet: bool = False,
+        data_summary: str = "",
     ) -> None:
         self.config, self.model, self.train, self.val, self.held_out = config, model, train, val, held_out
         self.run_dir, self.description, self.processes = run_dir, description, processes
-        self.quiet = quiet or not processes.is_first
+        self.quiet, self.data_summary = quiet or not processes.is_first, data_summary
         self.device = model.mean.device
         self.loss = create_loss(config)
         self.optimizer = create_optimizer(model, config)
@@ -93,11 +97,31 @@ class Trainer:
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM; the state has been saved.
-            TrainingError: the loss is not finite, or float16 does not hold the gradient. The last saved state is
-                the one before.
+            TrainingError: the loss is not finite, float16 does not hold the gradient, or a file cannot be written. The
+                last saved state is the one before.
         """
-        if self.epoch == self.step == 0:
-            self._save_state()  # from now on the run can be continued, whenever it is killed
+        at_start = self.epoch == self.step == 0
+        num_classes = len(self.description["classes"])
+        self._say(introduction(self.config, self.data_summary, num_classes, self.device, self.epoch))
+        try:
+            if at_start:
+                self._save_state()  # from now on the run can be continued, whenever it is killed
+            self._run_epochs()
+        except Interrupted:
+            raise
+        except BaseException as error:
+            if at_start and self.epoch == 0 and self.processes.is_first:
+                (self.run_dir / "state.pt").unlink(missing_ok=True)  # nothing was learned: the name is free again
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise self._no_room(error) from error
+            raise
+        self._draw()
+        write_report(self)
+        self._say(summary(self.run_dir, self.history.records, self.best))
+
+    def _run_epochs(self) -> None:
+        if self.epoch < self.num_epochs and not self.finished:
+            self._say(header(bool(self.held_out)))
         with catch_interrupt() as stop:
             try:
                 while self.epoch < self.num_epochs and not self.finished:
@@ -107,9 +131,6 @@ class Trainer:
                 self._save_state()
                 self._draw()
                 raise
-        self._draw()
-        write_report(self)
-        self._say(summary(self.run_dir, self.history.records, self.best))
 
     def close(self) -> None:
         """End the processes that read images."""
@@ -201,8 +222,6 @@ class Trainer:
         return {prefix + "val_loss": self.processes.total(loss).item() / batches.num_images, **scores}
 
     def _finish_epoch(self, record: dict[str, Any]) -> None:
-        if self.epoch == 0:
-            self._say(header())
         self._say(epoch_line(record))
         self.history.append(record)
         self.epoch, self.step = self.epoch + 1, 0
@@ -219,6 +238,8 @@ class Trainer:
         warmed_up = self.epoch * len(self.train) >= self.config.warmup * self.total_steps
         score = 0.0 if math.isnan(score) else score
         self.finished = self.config.patience > 0 and self.stopping.should_stop(score, warmed_up)
+        if self.finished and self.epoch < self.num_epochs:
+            self._say(self.stopping.reason("held-out mAP" if self.held_out else "validation mAP"))
         self._save_state()
 
     def _check_loss(self) -> float:
@@ -235,6 +256,14 @@ class Trainer:
             f"the {what} became {value} in epoch {self.epoch + 1}, by step {self.step} (learning rate "
             f"{self.schedule.get_last_lr()[0]:.3g}); try a lower lr (it is {self.config.lr:g}) or a longer warmup, or "
             "leave out such steps with --skip_bad_steps N" + (f". Its images, norms and rates: {path}" if told else "")
+        )
+
+    def _no_room(self, error: OSError) -> TrainingError:
+        told = f"cannot write into {self.run_dir}: {error.strerror}"
+        if not (self.run_dir / "state.pt").exists():
+            return TrainingError(f"{told}; make room, then start the run again")
+        return TrainingError(
+            f"{told}. What was saved before is whole; make room, then: mlfast train --resume {self.run_dir}"
         )
 
     def _stop_if(self, requested: bool) -> None:

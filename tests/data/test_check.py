@@ -62,7 +62,7 @@ def test_options_of_the_format(write, jpeg, capsys):
     root = write(
         {"my.csv": "image,split,x,y\n1,train,1,\n2,val,0,1\n", "img/1.jpg": jpeg(), "img/2.jpg": jpeg((1, 1, 1))}
     )
-    options = ["--file", "my.csv", "--image_folder", "img", "--image_suffix", ".jpg", "--class_columns", "x, y"]
+    options = ["--file", "my.csv", "--image_folder", "img", "--image-suffix", ".jpg", "--class-columns=x, y"]
     assert cli.main(["data", "check", "csv", str(root), *options]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["train", "1", "2", "1.000", "0", "50.0%", "0.0", "1.0"] in lines
@@ -74,7 +74,7 @@ def test_all_classes(write, jpeg, capsys):
     root = write({"a.jpg": jpeg(), "t.json": json.dumps({"classes": names, "images": [["a.jpg", names]]})})
     assert cli.main(["data", "check", "json", str(root)]) == 0
     assert "... 14 more, shown by --all_classes" in capsys.readouterr().out
-    assert cli.main(["data", "check", "json", str(root), "--all_classes"]) == 0
+    assert cli.main(["data", "check", "json", str(root), "--all-classes"]) == 0
     assert capsys.readouterr().out.count("class ") >= 30
 
 

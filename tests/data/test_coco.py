@@ -3,6 +3,8 @@ import json
 import pytest
 
 from mlfast.data import AnnotationError, load_annotations
+from mlfast.data.coco import splits
+from mlfast.data.sources import Sources
 
 
 def instances(prefix=""):
@@ -87,3 +89,8 @@ def test_errors(root, write):
         write({"annotations/instances_val2017.json": content})
         with pytest.raises(AnnotationError, match=r"instances_val2017.json: .*; give COCO's instances files"):
             load_annotations("coco", root, "val")
+
+
+def test_the_splits_are_those_that_are_there(root, tmp_path):
+    assert splits(Sources(root)) == ["val"] and splits(Sources(root), year=2014) == ["train"]
+    assert splits(Sources(tmp_path)) == ["train", "val"]  # reading then says what is missing

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from mlfast import cli
+from mlfast.data.arguments import either_dash
 from mlfast.deploy import Predictor
 
 
@@ -80,7 +81,7 @@ def test_names_of_options_may_have_either_dash(arguments, capsys):
 
 def test_only_names_of_options_are_changed():
     words = ["a_b", "--c_d=e_f", "--g_h", "i_j", "--", "--k_l"]
-    assert cli.with_dashes(words) == ["a_b", "--c-d=e_f", "--g-h", "i_j", "--", "--k_l"]
+    assert either_dash(words, ["--c-d", "--g-h", "--k-l"]) == ["a_b", "--c-d=e_f", "--g-h", "i_j", "--", "--k_l"]
 
 
 def test_predict_csv_and_pictures(pictures, model_folder, capsys, tmp_path):

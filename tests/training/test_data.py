@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mlfast import cli
 from mlfast.data import KINDS, BrokenImagesError, ImageDataset, load_annotations
 from mlfast.data.transforms import ImageTransform
 from mlfast.training import (
@@ -208,7 +209,7 @@ def test_the_rest_may_be_unknown(on_files, tmp_path):
     for number in range(16):
         draw(root / f"{number}.jpg", ["red"], np.random.default_rng(number))
     files = {"data": "json", "data_root": str(root), "data_args": {"file": "labels.json"}}
-    config = on_files(**files, epochs=1, batch_size=8, mixup=0.2)
+    config = on_files(**files, epochs=1, batch_size=8, mixup=0.2, held_out=0.5)
     data = create_data(config, CPU)
     assert data.val.mostly_unknown and data.train.mostly_unknown
     assert (next(data.val.epoch(0)).targets == -1).sum(1).tolist() == [1] * 8
@@ -406,3 +407,46 @@ def test_every_loss_takes_mixed_labels_and_leaves_unknown_ones_out(loss):
     create_loss(TrainConfig(loss=loss))(scores, targets).backward()
     assert ((scores.grad == 0) == (targets < 0)).all()
     assert images.dtype == torch.uint8
+
+
+# Splits that are not apart, or not there
+
+
+@pytest.fixture
+def no_split(csv_root):
+    """The same images in a list without a split column, which is there only for as long as a test takes."""
+    rows = list(csv.reader((csv_root / "labels.csv").open()))
+    with open(csv_root / "nosplit.csv", "w", newline="") as file:
+        csv.writer(file).writerows(row[:2] for row in rows)
+    yield {"data_args": {"file": "nosplit.csv"}}
+    (csv_root / "nosplit.csv").unlink()
+
+
+def test_splits_that_share_images_are_refused_with_the_remedy(on_files, no_split, csv_root, tmp_path):
+    remedy = f"mlfast data split csv {csv_root} --file {{}} --split {{}} --into train=0.8 val=0.2"
+    for settings, count, arguments in (
+        (no_split | {"val_split": "val"}, "share 64 images, such as images/000.jpg", ("nosplit.csv", "train")),
+        ({"train_split": "train+val"}, "share 16 images, such as images/048.jpg", ("labels.csv", "train+val")),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            fit(on_files(**settings), quiet=True)
+        assert count in str(caught.value) and remedy.format(*arguments) in str(caught.value)
+        assert "--held_out 0.2" in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_where_there_is_no_other_split_held_out_images_validate(on_files, no_split, capsys):
+    with pytest.raises(
+        ConfigError, match=r"val_split: .* has no split 'val'; .*--held_out 0.2.*mlfast data split csv "
+    ):
+        fit(on_files(**no_split), quiet=True)
+    data = create_data(on_files(held_out=0.25, **no_split), CPU)
+    assert data.held_out is None and data.train.num_images + data.val.num_images == 64
+    assert abs(data.val.num_images - 16) <= 2
+    images = [{row for batch in part.epoch(0) for row in map(bytes, batch.images.numpy())} for part in data[:2]]
+    assert not images[0] & images[1]
+    assert "held out of train to validate on, as there is no other split" in data.summary
+    run = fit(on_files(held_out=0.25, epochs=1, **no_split), quiet=True)
+    assert "held_out_mAP" not in run.history[0]
+    assert cli.main(["evaluate", str(run.run_dir / "best")]) == 2  # its val would be all images
+    assert "the run validated on images held out of its training split" in capsys.readouterr().err

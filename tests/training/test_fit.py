@@ -23,6 +23,7 @@ from mlfast.training import (
     load_model,
     resume,
 )
+from mlfast.training.fit import _new_run_dir
 from mlfast.training.trainer import Trainer
 
 TIMES = {"seconds", "images_per_second", "data_seconds", "compute_seconds"}
@@ -288,3 +289,17 @@ def test_options_that_change_the_arithmetic_still_train(tiny, settings):
     if "precision" in settings:
         assert changed.history[-1]["loss"] != usual.history[-1]["loss"]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_runs_without_a_name_take_a_number_each(tmp_path):
+    """Before data are read: one that begins while another prepares must not share its folder."""
+    config = TrainConfig(backbone="test_resnet", runs_dir=str(tmp_path))
+    taken = [_new_run_dir(config) for _ in range(2)]
+    assert [path.name for path in taken] == ["digits-test_resnet-1", "digits-test_resnet-2"]
+    assert all(path.is_dir() for path in taken)
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
+    with pytest.raises(ConfigError):
+        fit(TrainConfig(backbone="no_such_model", runs_dir=str(tmp_path)), quiet=True)
+    assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from mlfast import cli
 from mlfast.training import TrainConfig
 from mlfast.training.distributed import ONE_PROCESS
 from mlfast.training.fit import create_trainer
-from mlfast.training.lr_search import range_test, search_range, steepest, tpe_search
+from mlfast.training.lr_search import RangeTest, range_test, search_range, tenth_of_lowest, tpe_search
 
 
 @pytest.fixture
@@ -41,7 +41,8 @@ def seed(number):
 
 @pytest.mark.parametrize("settings", [{}, {"sam_rho": 0.05, "bias_lr": 2.0, "loss": "bce"}])
 @pytest.mark.parametrize("search", ["range", "tpe"])
-def test_a_search_leaves_no_trace(trainer, search, settings):
+def test_a_search_leaves_no_trace(trainer, search, settings, monkeypatch):
+    monkeypatch.setattr("mlfast.training.lr_search._STEPS", 20)
     run = trainer(train_images=160, batch_size=8, val_images=16, **settings)
     first = next(run.train.epoch(7))
     run.take_step(first.images, first.targets)  # something in the optimiser, gradients on the weights
@@ -64,22 +65,28 @@ def test_a_search_leaves_no_trace(trainer, search, settings):
         assert after[key] == before[key], key
 
 
-def test_steepest_finds_the_middle_of_the_fall():
-    rates = np.logspace(-3, 1, 81)
-    losses = 1 - 1 / (1 + np.exp(-4 * (np.log(rates) - math.log(0.1)))) + np.where(rates > 2, rates, 0)
-    assert steepest(list(rates), list(losses)) == pytest.approx(0.1, rel=0.1)
+def test_the_answer_is_a_tenth_of_the_rate_where_the_loss_is_lowest():
+    rates = list(np.logspace(-3, 1, 81))
+    early_fall = [1 + 5 / (1 + rate / 0.005) + 0.2 * math.log10(rate / 2) ** 2 for rate in rates]
+    lowest = rates[int(np.argmin(early_fall))]
+    assert lowest > 1 and tenth_of_lowest(rates, early_fall) == pytest.approx(lowest / 10)
 
 
 def test_range_test_stops_where_the_loss_diverges(trainer):
     run = trainer(train_images=160, batch_size=8, loss="bce")  # cosines are bounded: aam does not diverge
     found = range_test(run, 1e-3, 1e6)
-    assert len(found.rates) < 20 and found.rates[0] == pytest.approx(1e-3)
-    assert 1e-3 <= found.lr < 1e4
+    assert len(found.rates) < 100 and found.rates[0] == pytest.approx(1e-3)
+    assert 1e-3 <= found.lr < 1e2
 
 
-def test_range_test_needs_steps(trainer):
-    with pytest.raises(ValueError, match="at least 20, got 4; lower batch_size"):
-        range_test(trainer())
+def test_range_test_takes_100_steps_of_any_data_and_stays_in_the_range(trainer):
+    found = range_test(trainer(), 0.4, 3)  # 4 steps an epoch; a tenth of any of these rates is below them
+    assert len(found.rates) == 100 and found.rates[-1] == pytest.approx(3) and found.lr == 0.4
+
+
+def test_a_loss_that_still_falls_is_told():
+    assert RangeTest(0.1, [0.5, 1], [2, 1], [2, 1]).still_falls
+    assert not RangeTest(0.1, [0.5, 1], [1, 2], [1, 2]).still_falls
 
 
 def test_tpe_prefers_a_rate_that_learns(trainer):

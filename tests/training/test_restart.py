@@ -1,11 +1,13 @@
 """Runs that are killed, at any moment and in any way, and started again."""
 
 import errno
+import io
 import json
 import multiprocessing
 import os
 import random
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from mlfast.training import (
     resume,
 )
 from mlfast.training.trainer import Trainer
-from tests.training.test_fit import assert_same, at_step, final_state, untimed
+from tests.training.test_fit import assert_same, at_step, fail, final_state, untimed
 
 
 def run(settings):
@@ -129,11 +131,81 @@ def test_a_full_disk_leaves_the_checkpoint_before(tiny, monkeypatch):
         original(path, state)
 
     monkeypatch.setattr("mlfast.training.trainer.save_state", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(TrainingError, match=r"No space left on device\. What .*make room, then: mlfast train --resume"):
         fit(tiny(), quiet=True)
     assert final_state(tiny_dir(tiny))["epoch"] == 1
     monkeypatch.undo()
     assert len(resume(tiny_dir(tiny), quiet=True).history) == 3
+
+
+def test_a_file_that_takes_no_more_says_so_and_not_what_torch_made_of_it(tmp_path):
+    class Full(io.BytesIO):
+        def write(self, data):
+            if self.tell() > 1000:
+                raise OSError(errno.EFBIG, "File too large")
+            return super().write(data)
+
+    @contextmanager
+    def full(path):
+        yield Full()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "atomic_write", full)
+        with pytest.raises(OSError, match="File too large"):
+            checkpoint.save_state(tmp_path / "state.pt", {"weights": torch.zeros(10_000)})
+
+
+def test_a_run_that_failed_in_its_first_epoch_gives_its_name_back(tiny, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, fail)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(tiny(), quiet=True)
+    with pytest.raises(CheckpointError, match=r"state.pt is missing.*start it again, it may have the same name"):
+        resume(tiny_dir(tiny), quiet=True)
+    assert len(fit(tiny(lr=0.2, epochs=1), quiet=True).history) == 1
+    with pytest.raises(ConfigError, match="exists already"):
+        fit(tiny(lr=0.2), quiet=True)
+
+
+def test_an_interrupted_first_epoch_is_kept(tiny, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Interrupted):
+            fit(tiny(epochs=1), quiet=True)
+        at_step(patch, 1, fail)
+        with pytest.raises(RuntimeError, match="power cut"):
+            resume(tiny_dir(tiny), quiet=True)
+    assert final_state(tiny_dir(tiny))["step"] == 2
+    with pytest.raises(ConfigError, match="exists already"):
+        fit(tiny(epochs=1), quiet=True)
+
+
+def test_a_damaged_state_names_the_next_step(tiny):
+    run_dir = fit(tiny(epochs=1), quiet=True).run_dir
+    (run_dir / "state.pt").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match=r"damaged.*start another --name, with --weights .*last to begin from"):
+        resume(run_dir, quiet=True)
+
+
+def test_early_stopping_and_what_decided_are_told(tiny, capsys, monkeypatch):
+    monkeypatch.setattr("mlfast.training.early_stopping.EarlyStopping.should_stop", bad_after_one)
+    result = fit(tiny(patience=1, epochs=6, held_out=0.25))
+    out = capsys.readouterr().out
+    assert "data   digits: 49 images of train to train on, 32 of val to validate on, 15 held out of train" in out
+    assert "test_resnet, head gap, initial weights: random; loss aam; sgd, lr 0.1, 6 epochs; cpu, fp32" in out
+    assert "held-out  EMA held-out" in out
+    assert "\nstopped early: no better held-out mAP for 1 epoch (patience 1)\n" in out
+    best = result.best
+    line = next(line for line in out.splitlines() if line.startswith("best by held-out mAP: "))
+    assert f"epoch {best['epoch']}" in line and line.endswith(f" {100 * best['mAP']:.1f}")
+    fit(tiny(name="other", epochs=1))
+    out = capsys.readouterr().out
+    assert "held" not in out and "stopped" not in out
+
+
+def bad_after_one(self, score, warmed_up):
+    self.bad_epochs, self.smoothed = int(self.smoothed > 0), 1.0
+    return self.bad_epochs == 1
 
 
 def test_early_stopping_ends_the_run_and_stays_ended(tiny, monkeypatch):

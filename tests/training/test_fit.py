@@ -300,6 +300,6 @@ def test_runs_without_a_name_take_a_number_each(tmp_path):
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
-    with pytest.raises(ConfigError):
+    with pytest.raises(ValueError, match="no_such_model"):
         fit(TrainConfig(backbone="no_such_model", runs_dir=str(tmp_path)), quiet=True)
     assert list(tmp_path.iterdir()) == []

@@ -62,6 +62,7 @@ def fit(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Ru
     if resume and config.name is None:
         raise ConfigError(["name: got nothing, expected the name of the run that resume is about"])
     with joined_processes(config.device) as processes:
+        is_first_run = not Path(config.runs_dir).exists()
         if resume:
             run_dir = Path(config.runs_dir) / str(config.name)
         else:
@@ -74,8 +75,10 @@ def fit(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Ru
             with _reproducible(config):
                 return _run(create_trainer(config, run_dir, processes, quiet))
         except BaseException:
-            with suppress(OSError):
-                run_dir.rmdir()  # while it is empty, nothing has begun
+            with suppress(OSError):  # not empty: something has begun
+                run_dir.rmdir()
+                if is_first_run:
+                    run_dir.parent.rmdir()
             raise
 
 

@@ -66,7 +66,7 @@ format: $(VENV)/.dependencies
 
 # The instrumented module replaces the usual one for the run; afterwards it goes, and the next target builds anew. Left out
 # are tests of other backends and of compilers, and those that take memory or hold rounding to bounds: about a minute is left.
-NOT_SANITIZED := triton or cuda or reference or opcheck or compile or exporter or two_to_the_31 or any_numbers
+NOT_SANITIZED := triton or cuda or reference or opcheck or compile or exporter or two_to_the_31 or any_numbers or no_memory
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(VENV)/.dependencies
 	CXXFLAGS="$(SANITIZE) -O1 -g" LDFLAGS="$(SANITIZE)" MLFAST_CUDA=0 MLFAST_NATIVE=1 $(BIN)/python setup.py --quiet \

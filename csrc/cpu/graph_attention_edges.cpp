@@ -11,7 +11,7 @@ namespace {
 // Calls f(column) for every true entry of a row: eight bytes (little-endian) become 0 or 1 each, and eight bits by a
 // product. True may be any byte but 0, in a tensor that is a view of bytes.
 template <typename F>
-void for_true(const bool* row, int64_t n, const F& f) {
+void for_true(const uint8_t* row, int64_t n, const F& f) {
   int64_t j = 0;
   for (; j + 8 <= n; j += 8) {
     uint64_t eight;
@@ -53,7 +53,7 @@ void list_edges(const bool* mask, int64_t nodes, int32_t* indices, int64_t* indp
   std::vector<int64_t> next(indptr_t, indptr_t + nodes);
   int64_t edge = 0;
   for (int64_t i = 0; i < nodes; ++i)
-    for_true(mask + i * nodes, nodes, [&](int64_t j) {
+    for_true(bytes + i * nodes, nodes, [&](int64_t j) {
       const int64_t at = next[static_cast<size_t>(j)]++;
       indices[edge] = static_cast<int32_t>(j);
       indices_t[at] = static_cast<int32_t>(i);

@@ -314,7 +314,8 @@ class Trainer:
         except CheckpointError:
             raise
         except Exception as error:  # every part of the state has its own way to say so
-            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            told = str(error).partition("\n")[0] or type(error).__name__
+            reason = f"it has no {error}" if isinstance(error, KeyError) else told
             raise CheckpointError(
                 f"{self.run_dir / 'state.pt'} is not a state that this version can continue from: {reason}; start a "
                 "new run, or continue with the version that wrote it"

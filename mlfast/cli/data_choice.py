@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from mlfast.deploy.splits import LabelledImages
 
 _ROLES = ("train", "val")
+_HELD_OUT = "held_out"
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +33,8 @@ class DataChoice:
         kind, root, options: as `mlfast.deploy.splits.read_split` takes them.
         splits: the names of the splits that training and validation took, by ``"train"`` and ``"val"``.
         sizes: how many images of these, where not all.
-        held_out: whether the run held images out of its training split, and would validate on them where no split is
-            named for it.
+        held_out: the names of the images that the run held out of its training split, which make a split
+            ``"held_out"``; None where this is no data of a run, or one that held none out.
     """
 
     kind: str
@@ -40,22 +42,24 @@ class DataChoice:
     options: dict[str, Any]
     splits: dict[str, str]
     sizes: dict[str, int]
-    held_out: bool = False
+    held_out: list[str] | None = None
 
     def split(self, name: str) -> str:
-        """The split that is meant: ``"train"`` and ``"val"`` are those of the run, anything else is a name."""
+        """The split that is meant: ``"train"`` and ``"val"`` are those of the run, anything else is a name.
+
+        ``"val"`` is ``"held_out"`` where the run validated on that.
+        """
         return self.splits.get(name, name)
 
     def read(self, name: str, info: ModelInfo, images: int | None = None) -> LabelledImages:
         """The labelled images of a split, in the model's size and order of classes."""
         from mlfast.deploy.splits import read_split
-        from mlfast.training.splits import has_split
 
         split = self.split(name)
-        if self.held_out and name == "val" and not has_split(self.kind, self.root, split, self.options):
-            raise ValueError(
-                f"val: {self.root} has no split {split!r}; the run validated on images held out of its training split, "
-                "and its report.html shows what they gave. Name another split with --split or --data"
+        if split == _HELD_OUT and self.held_out is not None:
+            whole, only = self.split("train"), self.held_out[:images]
+            return read_split(
+                self.kind, self.root, whole, info, images=self.sizes.get(whole), only=only, **self.options
             )
         count = self.sizes.get(split) if images is None else images
         return read_split(self.kind, self.root, split, info, images=count, **self.options)
@@ -74,7 +78,8 @@ def chosen_data(options: argparse.Namespace, model: Path) -> DataChoice:
     check_path(model)
     if options.images is not None and options.images < 1:
         raise ValueError(f"--images: got {options.images}, expected at least 1")
-    settings = _run_settings(model) if options.data is None else {"data": options.data}
+    run_dir = (model if model.is_dir() else model.parent).resolve().parent
+    settings = _run_settings(run_dir) if options.data is None else {"data": options.data}
     kind = settings.get("data")
     if kind is None:
         raise ValueError(
@@ -89,23 +94,38 @@ def chosen_data(options: argparse.Namespace, model: Path) -> DataChoice:
     if kind == "digits":
         sizes = {role: settings.get(f"{role}_images") or DEFAULT_DIGITS[f"{role}_images"] for role in _ROLES}
     arguments = settings.get("data_args") or {} if options.data_args is None else _mapping(options.data_args)
-    return DataChoice(
-        kind, options.data_root or settings.get("data_root"), arguments, splits, sizes, _holds_out(settings)
-    )
+    root = options.data_root or settings.get("data_root")
+    held_out = _held_out(run_dir) if options.data is None else None
+    if held_out is not None and not _has_val(settings, kind, root, splits["val"], arguments):
+        splits["val"] = _HELD_OUT  # as the run had it
+    return DataChoice(kind, root, arguments, splits, sizes, held_out)
 
 
-def _holds_out(settings: dict[str, Any]) -> bool:
-    chosen = settings.get("val_split") is None and settings.get("data") != "digits"
-    share = settings.get("held_out")
-    return chosen and bool(settings.get("patience") if share is None else share)
+def _has_val(settings: dict[str, Any], kind: str, root: str | None, split: str, arguments: dict[str, Any]) -> bool:
+    """Whether the run had a split to validate on, beside the images that it held out."""
+    from mlfast.training.splits import has_split
+
+    return kind == "digits" or settings.get("val_split") is not None or has_split(kind, root, split, arguments)
 
 
-def _run_settings(model: Path) -> dict[str, Any]:
-    """The settings of the run that a model folder, or a file in one, belongs to; empty where there is none."""
+def _held_out(run_dir: Path) -> list[str] | None:
+    """The names of the images that a run held out of its training split, if it did."""
+    from mlfast.training.data_settings import HELD_OUT_FILE
+
+    path = run_dir / HELD_OUT_FILE
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); say --data KIND to measure on a split of that") from error
+
+
+def _run_settings(run_dir: Path) -> dict[str, Any]:
+    """The settings of a run; empty where the folder is none."""
     import yaml
 
-    folder = model if model.is_dir() else model.parent
-    path = folder.resolve().parent / "config.yaml"
+    path = run_dir / "config.yaml"
     try:
         settings = yaml.safe_load(path.read_text())
     except FileNotFoundError:

@@ -25,6 +25,7 @@ _EXAMPLES = """\
 examples:
   mlfast evaluate runs/x/best                       the validation split of the run's own data
   mlfast evaluate runs/x/best --tune train          and thresholds that maximise F1 on its training split
+  mlfast evaluate runs/x/best --tune held_out       or on the images that it held out of that split
   mlfast evaluate runs/x/best/model.onnx --data csv --data_root pictures --data_args '{file: test.csv}' --split test
 """
 

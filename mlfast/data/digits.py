@@ -6,8 +6,10 @@ handwriting, generates, and keeps the result on disk.
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -90,6 +92,12 @@ class DigitScenes(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The image, uint8 [3, H, W], and its target, int8 [40]."""
         return self.images[index], self.targets[index]
+
+    def subset(self, rows: Sequence[int] | np.ndarray) -> DigitScenes:
+        """These images, in this order."""
+        part = copy.copy(self)
+        part.images, part.targets, part.size = self.images[rows], self.targets[rows], len(rows)
+        return part
 
     def _cache_name(self) -> str:
         return f"digits-v{GENERATOR_VERSION}-{self.split}-{self.size}-{self.image_size}px-seed{self.seed}.npz"

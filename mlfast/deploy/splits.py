@@ -31,7 +31,14 @@ class LabelledImages(Protocol):
 
 
 def read_split(
-    kind: str, root: str | None, split: str, info: ModelInfo, *, images: int | None = None, **options: Any
+    kind: str,
+    root: str | None,
+    split: str,
+    info: ModelInfo,
+    *,
+    images: int | None = None,
+    only: Sequence[str] | None = None,
+    **options: Any,
 ) -> LabelledImages:
     """The images of a split at the size of the model, without augmentation.
 
@@ -41,6 +48,7 @@ def read_split(
         split: such as "val"; "train+test" joins two.
         info: of the model. Its classes are those that are read, in its order, unless ``options`` has ``classes``.
         images: the first so many only; None for all.
+        only: of these the ones with such a name, of the digits "image 0" and so on; None for all.
         options: of the kind's reader, see docs/data.md.
 
     Raises:
@@ -49,15 +57,30 @@ def read_split(
     if kind == "digits":
         if root is not None or options:
             raise ValueError("the digits are built in: they take no folder and no options")
-        return DigitScenes(split, images, info.image_size)
+        scenes = DigitScenes(split, images, info.image_size)
+        return scenes if only is None else scenes.subset(_named([f"image {row}" for row in range(len(scenes))], only))
     if "classes" in options_of(reader(kind)):
         options = {"classes": list(info.classes)} | options
     annotations = load_annotations(kind, root, split, **options)
     if images is not None:
         annotations = annotations.subset(np.arange(min(images, len(annotations))))
+    if only is not None:
+        annotations = annotations.subset(_named(annotations.paths, only))
     if info.resize == "crop":
         return ImageDataset(annotations, transform=ImageTransform(info.image_size))
     return ImageDataset(annotations, info.image_size)
+
+
+def _named(names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
+    """The rows with these names."""
+    wanted_names = set(wanted)
+    rows = [row for row, name in enumerate(names) if name in wanted_names]
+    if missing := wanted_names.difference(names[row] for row in rows):
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} images that the run held out are not there any more, such as "
+            f"{min(missing)}: the data set has changed since. Name another split"
+        )
+    return np.array(rows, np.int64)
 
 
 def mostly_unknown(images: LabelledImages) -> bool:

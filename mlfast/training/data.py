@@ -37,7 +37,7 @@ class Data(NamedTuple):
 
     ``held_out`` is the part of the training images that nothing is trained on, if there is one beside ``val``: where
     the data has no other split, ``val`` is that part. ``count_labels`` counts which labels occur together in those that
-    are trained on. ``summary`` says for people what is what.
+    are trained on. ``summary`` says for people what is what, and ``held_out_images`` names what is held out, in order.
     """
 
     train: Batches
@@ -46,6 +46,7 @@ class Data(NamedTuple):
     classes: tuple[str, ...]
     count_labels: Callable[[], LabelCounts]
     summary: str
+    held_out_images: Sequence[str]
 
 
 def create_data(config: TrainConfig, device: torch.device, rank: int = 0, world_size: int = 1) -> Data:
@@ -94,6 +95,7 @@ def _digits(config: TrainConfig, share: dict[str, Any]) -> Data:
         lambda: count_labels(train.targets[kept]),
         f"digits: {len(kept)} images of train to train on, {len(val)} of val to validate on"
         + (f", {len(held_out)} held out of train to stop and choose by" if len(held_out) else ""),
+        [f"image {row}" for row in held_out],
     )
 
 
@@ -156,6 +158,7 @@ def _files(config: TrainConfig, share: dict[str, Any]) -> Data:
         train.classes,
         lambda: LabelCounts(*map(torch.from_numpy, map(np.ascontiguousarray, trained.cooccurrence()))),
         f"{config.data} in {config.data_root}: {_parts(len(trained), train.split, val, len(left_out))}",
+        list(left_out.paths),
     )
 
 

@@ -23,6 +23,7 @@ DEFAULT_SPLITS = {
     "webdataset": ("train", "val"),
 }
 DEFAULT_DIGITS = {"train_images": 8000, "val_images": 1000}
+HELD_OUT_FILE = "held_out.json"  # in the folder of a run: the names of the images that it held out, a JSON list
 
 _SETTINGS = ("data", "data_root", "train_split", "val_split", "data_args", "train_images", "val_images")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -14,6 +15,7 @@ import torch
 
 from mlfast.models.checkpoint import CheckpointError, write_text
 from mlfast.training.config import TrainConfig
+from mlfast.training.data_settings import HELD_OUT_FILE
 from mlfast.training.distributed import Processes, joined_processes
 from mlfast.training.errors import ConfigError
 
@@ -22,7 +24,12 @@ if TYPE_CHECKING:
     from mlfast.training.trainer import Trainer
 
 _PACKAGES = ("timm", "torchvision", "safetensors", "tqdm", "yaml", "matplotlib", "sklearn")
-_TRACES = {"config.yaml", "bad_step.json", "tensorboard"}  # what a run leaves that failed in its first epoch
+_TRACES = {
+    "config.yaml",
+    HELD_OUT_FILE,
+    "bad_step.json",
+    "tensorboard",
+}  # of a run that failed in its first epoch
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,7 @@ def create_trainer(
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if state is None:  # everything that can be wrong has been tried: only now does something appear on disk
         if processes.is_first:
-            _make_run_dir(run_dir, yaml.safe_dump(config.to_dict(), sort_keys=False))
+            _make_run_dir(run_dir, yaml.safe_dump(config.to_dict(), sort_keys=False), data.held_out_images)
         processes.wait()
         torch.manual_seed(config.seed + processes.rank)  # the same weights, but not the same dropout
     trainer = Trainer(
@@ -198,11 +205,13 @@ def create_trainer(
     return trainer
 
 
-def _make_run_dir(run_dir: Path, settings: str) -> None:
+def _make_run_dir(run_dir: Path, settings: str, held_out: Sequence[str]) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "bad_step.json").unlink(missing_ok=True)  # of a start that failed
         write_text(run_dir / "config.yaml", settings)
+        if held_out:
+            write_text(run_dir / HELD_OUT_FILE, json.dumps(held_out, indent=0) + "\n")
     except OSError as error:
         raise _unwritable(run_dir, error) from error
 

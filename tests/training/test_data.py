@@ -250,7 +250,7 @@ def test_splits_that_share_images_are_refused_with_the_remedy(on_files, no_split
     assert not (tmp_path / "runs").exists()
 
 
-def test_where_there_is_no_other_split_held_out_images_validate(on_files, no_split, capsys):
+def test_where_there_is_no_other_split_held_out_images_validate(on_files, no_split, csv_root, capsys):
     with pytest.raises(
         ConfigError, match=r"val_split: .* has no split 'val'; .*--held_out 0.2.*mlfast data split csv "
     ):
@@ -263,5 +263,15 @@ def test_where_there_is_no_other_split_held_out_images_validate(on_files, no_spl
     assert "held out of train to validate on, as there is no other split" in data.summary
     run = fit(on_files(held_out=0.25, epochs=1, **no_split), quiet=True)
     assert "held_out_mAP" not in run.history[0]
-    assert cli.main(["evaluate", str(run.run_dir / "best")]) == 2  # its val would be all images
-    assert "the run validated on images held out of its training split" in capsys.readouterr().err
+    for split in ("val", "held_out"):
+        assert cli.main(["evaluate", str(run.run_dir / "best"), "--split", split, "--format", "json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["data"], found["images"]) == ("csv/held_out", data.val.num_images)
+        assert found["metrics"]["0.5"]["mAP"] == pytest.approx(run.best["mAP"], abs=1e-6)
+    table = csv_root / "nosplit.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([*lines, lines[-1].replace("063", "none")]))
+    assert cli.main(["evaluate", str(run.run_dir / "best")]) == 0  # images that came later change nothing
+    table.write_text("\n".join(lines[:32]))
+    assert cli.main(["evaluate", str(run.run_dir / "best")]) == 2
+    assert "images that the run held out are not there any more, such as images/0" in capsys.readouterr().err

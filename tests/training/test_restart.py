@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mlfast import cli
 from mlfast.training import (
     CheckpointError,
     ConfigError,
@@ -216,7 +217,7 @@ def test_early_stopping_ends_the_run_and_stays_ended(tiny, monkeypatch):
     assert resume(result.run_dir, quiet=True).history == result.history
 
 
-def test_images_that_are_held_out_are_not_trained_on(tiny, monkeypatch):
+def test_images_that_are_held_out_are_not_trained_on(tiny, monkeypatch, capsys):
     seen = set()
     original = Trainer._train_step
 
@@ -228,8 +229,12 @@ def test_images_that_are_held_out_are_not_trained_on(tiny, monkeypatch):
         original(self, batch)
 
     monkeypatch.setattr(Trainer, "_train_step", step)
-    fit(tiny(held_out=0.25, epochs=2), quiet=True)
+    run = fit(tiny(held_out=0.25, epochs=2), quiet=True)
     assert 46 <= len(seen) <= 50
+    assert cli.main(["evaluate", str(run.run_dir / "best"), "--split", "held_out", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == 64 - len(seen)
+    assert found["metrics"]["0.5"]["mAP"] == pytest.approx(run.best["mAP"], abs=1e-6)
 
 
 def test_a_loss_that_is_not_finite_leaves_a_report(tiny, monkeypatch):

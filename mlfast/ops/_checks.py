@@ -1,4 +1,4 @@
-"""What the elementwise losses ask of their arguments, and what they say when it is not met."""
+"""What ops ask of their arguments, and what they say when it is not met."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mlfast.ops._dtypes import CODES
 from mlfast.sparse_targets import SparseTargets
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 REDUCTIONS = ("sum", "mean", "batchmean", "none")
 
 
@@ -20,6 +22,25 @@ def check_number(op: str, name: str, value: Any, expected: str, holds: Callable[
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__} {value!r}")
     if not (-math.inf < value < math.inf and holds(value)):
         raise ValueError(f"{op}: {name} must be {expected}, got {value}")
+
+
+def check_float_tensor(op: str, name: str, tensor: Any) -> None:
+    """Raises TypeError unless it is a tensor of one of `FLOATS`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{op}: {name} must be bfloat16, half, float32 or float64, got {tensor.dtype}; pass {name}.float()"
+        )
+
+
+def check_device(op: str, name: str, placed: Any, other_name: str, other: Tensor) -> None:
+    """Raises ValueError unless a tensor or graph is on the device of another argument."""
+    if placed.device != other.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of {other_name}, {other.device}, got {placed.device}; "
+            f"pass {name}.to({other_name}.device)"
+        )
 
 
 def check_reduction(op: str, reduction: Any) -> None:
@@ -32,12 +53,9 @@ def check_tensors(
     op: str, name: str, scores: Tensor, target: Tensor | SparseTargets, class_weight: Tensor | None
 ) -> None:
     """Raises TypeError or ValueError unless the three fit together; ``name`` is what the op calls its scores."""
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(scores).__name__}")
+    check_float_tensor(op, name, scores)
     if not isinstance(target, (Tensor, SparseTargets)):
         raise TypeError(f"{op}: target must be a tensor or mlfast.SparseTargets, got {type(target).__name__}")
-    if scores.dtype not in CODES or not scores.is_floating_point():
-        raise TypeError(f"{op}: {name} must be bfloat16, half, float32 or float64, got {scores.dtype}")
     if target.shape != scores.shape:
         remedy = "pass one value per label, not class indices"
         if len(target.shape) == scores.dim():
@@ -47,8 +65,7 @@ def check_tensors(
         )
     if scores.dim() == 0:
         raise ValueError(f"{op}: {name} must have a dimension of classes, [..., K], got a scalar")
-    if target.device != scores.device:
-        raise ValueError(f"{op}: target must be on the device of {name}, {scores.device}, got {target.device}")
+    check_device(op, "target", target, name, scores)
     if isinstance(target, Tensor):
         if target.dtype not in CODES:
             raise TypeError(f"{op}: target must be bool, an integer or a float, got {target.dtype}")
@@ -65,9 +82,6 @@ def _check_class_weight(op: str, name: str, scores: Tensor, class_weight: Tensor
         )
     if not class_weight.is_floating_point():
         raise TypeError(f"{op}: class_weight must be floating point, got {class_weight.dtype}")
-    if class_weight.device != scores.device:
-        raise ValueError(
-            f"{op}: class_weight must be on the device of {name}, {scores.device}, got {class_weight.device}"
-        )
+    check_device(op, "class_weight", class_weight, name, scores)
     if class_weight.requires_grad:
         raise ValueError(f"{op}: class_weight must not require grad, there is no gradient by it; detach it")

@@ -27,5 +27,5 @@ def is_recorded(*tensors: Tensor | None) -> bool:
 
 
 def address(tensor: Tensor | None) -> int:
-    """As the compiled kernels take it; 0 for what is not there."""
+    """As the compiled kernels take it; 0 for what is not there, as PyTorch has it for a tensor without elements."""
     return 0 if tensor is None else tensor.data_ptr()

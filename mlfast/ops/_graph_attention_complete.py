@@ -167,9 +167,7 @@ class CompleteAttentionFunction(torch.autograd.Function):
         value, *merged = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         grads = launch_backward(backend, grad_out, value, Merged(*merged), score_dtype, negative_slope, needs)
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = tuple(grad if grad is None else without_second_derivative(grad) for grad in grads)
-        return *grads, None, None
+        return *without_second_derivative(*grads), None, None
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile

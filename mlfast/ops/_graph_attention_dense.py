@@ -188,19 +188,9 @@ class DenseAttentionFunction(torch.autograd.Function):
         """The gradients by value and scores."""
         value, score_src, score_dst, mask, seed = ctx.saved_tensors
         backend, slope, dropout = ctx.call
-        grads: tuple[Tensor, ...] = launch_backward(
-            backend, grad_out, value, score_src, score_dst, mask, slope, dropout, seed
-        )
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = tuple(map(without_second_derivative, grads))
-        return (
-            *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        grads = launch_backward(backend, grad_out, value, score_src, score_dst, mask, slope, dropout, seed)
+        needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
+        return *without_second_derivative(*needed), *[None] * 5
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile
@@ -217,7 +207,7 @@ torch.library.define(
 
 @torch.library.impl("mlfast::graph_attention_dense", ["CPU", "CUDA"])
 def _run(value: Tensor, *rest: Any) -> Tensor:
-    return launch(choose(value.device, ("cpu", "triton")), value, *rest)
+    return launch(choose(value.device, sparse.SERVED), value, *rest)
 
 
 @torch.library.register_fake("mlfast::graph_attention_dense")
@@ -227,7 +217,7 @@ def _fake(value: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.impl("mlfast::graph_attention_dense_backward", ["CPU", "CUDA"])
 def _run_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_backward(choose(grad_out.device, ("cpu", "triton")), grad_out, *rest)
+    return launch_backward(choose(grad_out.device, sparse.SERVED), grad_out, *rest)
 
 
 @torch.library.register_fake("mlfast::graph_attention_dense_backward")

@@ -10,6 +10,7 @@ from torch import Tensor
 from mlfast.backends import _native, choose, is_exporting
 from mlfast.ops._dispatch import address, needs_dispatcher
 from mlfast.ops._dtypes import CODES
+from mlfast.ops._graph_attention_sparse import SERVED
 from mlfast.ops._second_derivative import without_second_derivative
 
 
@@ -18,7 +19,7 @@ def has_kernel(value: Tensor, attention_src: Tensor, attention_dst: Tensor) -> b
     tensors = value, attention_src, attention_dst
     return (
         not (is_exporting() or needs_dispatcher(*tensors))
-        and choose(value.device, ("cpu", "triton")) == "cpu"
+        and choose(value.device, SERVED) == "cpu"
         and value.dtype in (torch.float32, torch.float64)
         and all(t.dtype == value.dtype for t in tensors)
     )
@@ -48,7 +49,7 @@ class ValueAndScoresFunction(torch.autograd.Function):
         return value.view_as(value), scores[0], scores[1]
 
     @staticmethod
-    def backward(ctx: Any, *grad_outs: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grad_outs: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by the value and the vectors."""
         value = ctx.saved_tensors[0]
         grad_outs = tuple(grad.contiguous().resolve_neg() for grad in grad_outs)
@@ -58,4 +59,4 @@ class ValueAndScoresFunction(torch.autograd.Function):
             _native.graph_attention_scores_backward_cpu(CODES[value.dtype], *value.shape, *addresses)
         else:
             grads = tuple(grad.zero_() for grad in grads)
-        return tuple(map(without_second_derivative, grads)) if torch.is_grad_enabled() else grads
+        return without_second_derivative(*grads)

@@ -13,6 +13,7 @@ from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
 
+SERVED = ("cpu", "triton")  # docs/graph_attention.md says why there is no CUDA C++
 Numbers = tuple[float, float]  # negative slope, dropout
 Edges = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of a Graph: indptr, indices, and the three of the transpose
 
@@ -146,16 +147,9 @@ class SparseAttentionFunction(torch.autograd.Function):
         backend, numbers = ctx.call
         value, score_src, score_dst, statistics, *edges, seed = ctx.saved_tensors
         tensors = value, score_src, score_dst, statistics
-        grads: tuple[Tensor, ...] = launch_backward(backend, grad_out, *tensors, tuple(edges), numbers, seed)
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = tuple(map(without_second_derivative, grads))
-        return (
-            *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)),
-            None,
-            None,
-            None,
-            None,
-        )
+        grads = launch_backward(backend, grad_out, *tensors, tuple(edges), numbers, seed)
+        needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
+        return *without_second_derivative(*needed), *[None] * 4
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile
@@ -176,7 +170,7 @@ torch.library.define(
 @torch.library.impl("mlfast::graph_attention", ["CPU", "CUDA"])
 def _run(value: Tensor, score_src: Tensor, score_dst: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *edges, negative_slope, dropout, seed = rest
-    backend = choose(value.device, ("cpu", "triton"))
+    backend = choose(value.device, SERVED)
     return launch(backend, value, score_src, score_dst, tuple(edges), (negative_slope, dropout), seed)
 
 
@@ -189,7 +183,7 @@ def _fake(value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 @torch.library.impl("mlfast::graph_attention_backward", ["CPU", "CUDA"])
 def _run_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     value, score_src, score_dst, statistics, *edges, negative_slope, dropout, seed = rest
-    backend, numbers = choose(grad_out.device, ("cpu", "triton")), (negative_slope, dropout)
+    backend, numbers = choose(grad_out.device, SERVED), (negative_slope, dropout)
     tensors = value, score_src, score_dst, statistics
     return launch_backward(backend, grad_out, *tensors, tuple(edges), numbers, seed)
 

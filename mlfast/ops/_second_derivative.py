@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 
-def without_second_derivative(grad: Tensor) -> Tensor:
-    """``grad``, for a backward with create_graph=True: differentiating it again raises."""
-    return NoSecondDerivative.apply(grad, torch.empty((), requires_grad=True))
+def without_second_derivative(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a backward pass returns: with create_graph=True, differentiating the gradients again raises."""
+    if not torch.is_grad_enabled():
+        return grads
+    requires_grad = torch.empty((), requires_grad=True)
+    return tuple(None if grad is None else NoSecondDerivative.apply(grad, requires_grad) for grad in grads)
 
 
 class NoSecondDerivative(torch.autograd.Function):

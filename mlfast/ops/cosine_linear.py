@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlfast.backends import _native, choose, is_exporting
+from mlfast.ops._checks import check_device, check_float_tensor
 from mlfast.ops._dispatch import is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
@@ -161,9 +162,7 @@ class CosineLinearFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         with torch.no_grad():  # a product that writes to `out` wants it, also under create_graph=True
             grads = launch_backward(ctx.backend, grad_cos, x, weight, inverse_x, inverse_w, needs)
-        if torch.is_grad_enabled():  # create_graph=True
-            return *(grad if grad is None else without_second_derivative(grad) for grad in grads), None
-        return *grads, None
+        return *without_second_derivative(*grads), None
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile
@@ -251,14 +250,8 @@ def cosine_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def check_arguments(x: Any, weight: Any) -> None:
     """Raises TypeError or ValueError unless the two are what cosine_linear takes."""
-    for name, tensor in (("x", x), ("weight", weight)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"cosine_linear: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in CODES or not tensor.is_floating_point():
-            raise TypeError(
-                f"cosine_linear: {name} must be bfloat16, half, float32 or float64, got {tensor.dtype}; "
-                f"pass {name}.float()"
-            )
+    check_float_tensor("cosine_linear", "x", x)
+    check_float_tensor("cosine_linear", "weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"cosine_linear: weight must be [K, D], got {list(weight.shape)}; one row per class")
     if weight.shape[1] < 1:
@@ -268,8 +261,4 @@ def check_arguments(x: Any, weight: Any) -> None:
             f"cosine_linear: x must be [..., {weight.shape[1]}], as long as the rows of weight, got {list(x.shape)}; "
             "weight is [K, D], as in torch.nn.functional.linear"
         )
-    if weight.device != x.device:
-        raise ValueError(
-            f"cosine_linear: weight must be on the device of x, {x.device}, got {weight.device}; "
-            "pass weight.to(x.device)"
-        )
+    check_device("cosine_linear", "weight", weight, "x", x)

@@ -100,9 +100,9 @@ def weigh_and_reduce(loss: Tensor, known: Tensor, class_weight: Tensor | None, r
 
 
 @functools.lru_cache(maxsize=256)
-def kernel_numbers(loss: ElementwiseLoss, options: Any, batch: int) -> Any:
+def kernel_numbers(op: ElementwiseLoss, options: Any, batch: int) -> Any:
     """What the kernels are told; a constant of the reduction is part of their weights."""
-    return loss.kernel_numbers(options, 1 / max(batch, 1) if options.reduction == "batchmean" else 1.0)
+    return op.kernel_numbers(options, 1 / max(batch, 1) if options.reduction == "batchmean" else 1.0)
 
 
 def launch(
@@ -235,9 +235,7 @@ class ElementwiseLossFunction(torch.autograd.Function):
             scores, target, indptr, class_weight = ctx.saved_tensors
             unscaled = launch(op, backend, scores, target, indptr, class_weight, options, True)[1:]
         grad = finish_grad(backend, unscaled[0], grad_loss, unscaled[1])
-        if torch.is_grad_enabled():  # create_graph=True
-            grad = without_second_derivative(grad)
-        return grad, None, None, None, None, None, None
+        return *without_second_derivative(grad), *[None] * 6
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile

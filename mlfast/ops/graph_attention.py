@@ -10,15 +10,11 @@ from torch.nn.functional import leaky_relu
 
 from mlfast.backends import choose, is_exporting
 from mlfast.graph import MOST_NODES, Graph
-from mlfast.ops._checks import check_number
+from mlfast.ops._checks import check_device, check_float_tensor, check_number
 from mlfast.ops._dtypes import computing_dtype
 from mlfast.ops._graph_attention_complete import complete_attention
 from mlfast.ops._graph_attention_dense import dense_attention
-from mlfast.ops._graph_attention_sparse import sparse_attention
-
-SERVED = ("cpu", "triton")
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
+from mlfast.ops._graph_attention_sparse import SERVED, sparse_attention
 
 # ------------------------------------------------------------------------------------------------------- reference
 
@@ -133,13 +129,7 @@ def check_arguments(
     """Raises TypeError or ValueError unless these are what graph_attention takes."""
     tensors = {"value": value, "score_src": score_src, "score_dst": score_dst}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"graph_attention: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOATS:
-            raise TypeError(
-                f"graph_attention: {name} must be bfloat16, half, float32 or float64, got {tensor.dtype}; "
-                f"pass {name}.float()"
-            )
+        check_float_tensor("graph_attention", name, tensor)
     if value.dim() != 3 or value.shape[0] > MOST_NODES:
         raise ValueError(
             f"graph_attention: value must be [K, H, F], at most {MOST_NODES} nodes, got {list(value.shape)}; "
@@ -150,14 +140,14 @@ def check_arguments(
             raise ValueError(
                 f"graph_attention: {name} must be [K, H], {list(value.shape[:2])}, got {list(tensors[name].shape)}"
             )
-        check_device(name, tensors[name], value)
+        check_device("graph_attention", name, tensors[name], "value", value)
     check_graph(graph, value)
     check_number("graph_attention", "negative_slope", negative_slope, "at least 0", lambda x: x >= 0)
     check_number("graph_attention", "dropout", dropout, "in [0, 1)", lambda x: 0 <= x < 1)
     if seed is not None:
         if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"graph_attention: seed must be an int64 tensor of one element, got {seed!r}")
-        check_device("seed", seed, value)
+        check_device("graph_attention", "seed", seed, "value", value)
 
 
 def check_graph(graph: Any, value: Tensor) -> None:
@@ -166,7 +156,7 @@ def check_graph(graph: Any, value: Tensor) -> None:
     if isinstance(graph, Graph):
         if graph.num_nodes != nodes:
             raise ValueError(f"graph_attention: graph must have the {nodes} nodes of value, got {graph!r}")
-        check_device("graph", graph, value)
+        check_device("graph_attention", "graph", graph, "value", value)
     elif isinstance(graph, Tensor):
         if graph.is_complex():
             raise TypeError(f"graph_attention: graph must be bool, integer or float, got {graph.dtype}")
@@ -175,15 +165,6 @@ def check_graph(graph: Any, value: Tensor) -> None:
                 f"graph_attention: graph must be [K, K], {[nodes, nodes]}, got {list(graph.shape)}; "
                 "for an edge list pass mlfast.Graph.from_edges(edge_index, num_nodes)"
             )
-        check_device("graph", graph, value)
+        check_device("graph_attention", "graph", graph, "value", value)
     elif graph is not None:
         raise TypeError(f"graph_attention: graph must be None, a tensor or an mlfast.Graph, got {type(graph).__name__}")
-
-
-def check_device(name: str, placed: Tensor | Graph, value: Tensor) -> None:
-    """Raises ValueError unless it is on the device of ``value``."""
-    if placed.device != value.device:
-        raise ValueError(
-            f"graph_attention: {name} must be on the device of value, {value.device}, got {placed.device}; "
-            f"pass {name}.to(value.device)"
-        )

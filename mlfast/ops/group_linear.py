@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlfast.backends import _native, choose, is_exporting
-from mlfast.ops._dispatch import is_recorded, needs_dispatcher
+from mlfast.ops._checks import check_device, check_float_tensor
+from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
 
@@ -151,10 +152,6 @@ def empty_rows_like(x: Tensor) -> Tensor:
     return rows.transpose(0, 1) if by_group else rows
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-
-
 def _rows(x: Tensor | None) -> tuple[int, int, int, int]:
     return (0, 0, 0, 0) if x is None else (x.data_ptr(), CODES[x.dtype], x.stride(0), x.stride(1))
 
@@ -165,10 +162,10 @@ def _launch_cpu(sizes: Sizes, x: Tensor, weight: Tensor, bias: Tensor | None, ou
         _rows(x),
         weight.data_ptr(),
         CODES[weight.dtype],
-        _address(bias),
+        address(bias),
         out.data_ptr(),
         CODES[out.dtype],
-        *map(_address, saved),
+        *map(address, saved),
     )
 
 
@@ -190,9 +187,9 @@ def _launch_backward_cpu(
         _rows(x),
         weight.data_ptr(),
         CODES[weight.dtype],
-        *map(_address, (cosines, inv_x, inv_weight)),
+        *map(address, (cosines, inv_x, inv_weight)),
         _rows(grad_x),
-        _address(grad_weight),
+        address(grad_weight),
     )
 
 
@@ -233,10 +230,8 @@ class GroupLinearFunction(torch.autograd.Function):
         x, weight, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad_bias = _grad_bias(grad_out, ctx.bias_dtype) if needs[2] else None
-        grads = (*launch_backward(ctx.backend, grad_out, x, weight, saved, ctx.cosine, needs[:2]), grad_bias)
-        if torch.is_grad_enabled():  # create_graph=True
-            return *(grad if grad is None else without_second_derivative(grad) for grad in grads), *[None] * 4
-        return *grads, *[None] * 4
+        grads = launch_backward(ctx.backend, grad_out, x, weight, saved, ctx.cosine, needs[:2])
+        return *without_second_derivative(*grads, grad_bias), *[None] * 4
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -344,18 +339,8 @@ def group_linear(
 def check_arguments(x: Any, weight: Any, bias: Any, num_classes: Any) -> None:
     """Raises TypeError or ValueError unless these are what group_linear takes."""
     for name, tensor in (("x", x), ("weight", weight), *([] if bias is None else [("bias", bias)])):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"group_linear: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in CODES or not tensor.is_floating_point():
-            raise TypeError(
-                f"group_linear: {name} must be bfloat16, half, float32 or float64, got {tensor.dtype}; "
-                f"pass {name}.float()"
-            )
-        if tensor.device != x.device:
-            raise ValueError(
-                f"group_linear: {name} must be on the device of x, {x.device}, got {tensor.device}; "
-                f"pass {name}.to(x.device)"
-            )
+        check_float_tensor("group_linear", name, tensor)
+        check_device("group_linear", name, tensor, "x", x)
     if x.dim() != 3 or not all(1 <= size <= MOST for size in x.shape[1:]):
         raise ValueError(f"group_linear: x must be [B, L, D] with L and D at least 1, got {list(x.shape)}")
     if weight.dim() != 3 or weight.shape[:2] != x.shape[1:] or not 1 <= weight.shape[2] <= MOST:

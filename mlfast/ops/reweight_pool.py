@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mlfast.backends import _native, choose, is_exporting
+from mlfast.ops._checks import check_device, check_float_tensor
 from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
@@ -134,9 +135,7 @@ class ReweightPoolFunction(torch.autograd.Function):
         backend, size = ctx.call
         weight, argmax, slope = ctx.saved_tensors
         grads = launch_backward(backend, grad_out, weight, argmax, slope, size, ctx.needs_input_grad[:2])
-        if torch.is_grad_enabled():  # create_graph=True
-            return *(grad if grad is None else without_second_derivative(grad) for grad in grads), None
-        return *grads, None
+        return *without_second_derivative(*grads), None
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile
@@ -234,14 +233,8 @@ def reweight_pool(features: Tensor, weight: Tensor) -> Tensor:
 
 def check_arguments(features: Any, weight: Any) -> None:
     """Raises TypeError or ValueError unless the two are what reweight_pool takes."""
-    for name, tensor in (("features", features), ("weight", weight)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"reweight_pool: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in CODES or not tensor.is_floating_point():
-            raise TypeError(
-                f"reweight_pool: {name} must be bfloat16, half, float32 or float64, got {tensor.dtype}; "
-                f"pass {name}.float()"
-            )
+    check_float_tensor("reweight_pool", "features", features)
+    check_float_tensor("reweight_pool", "weight", weight)
     if features.dim() != 4:
         raise ValueError(
             f"reweight_pool: features must be [B, S, h, w], got {list(features.shape)}; add or merge dimensions"
@@ -257,8 +250,4 @@ def check_arguments(features: Any, weight: Any) -> None:
             f"reweight_pool: weight must have one value per channel, [{features.shape[1]}], got {list(weight.shape)}; "
             "pass weight.flatten() if it has other dimensions of size 1"
         )
-    if weight.device != features.device:
-        raise ValueError(
-            f"reweight_pool: weight must be on the device of features, {features.device}, got {weight.device}; "
-            "pass weight.to(features.device)"
-        )
+    check_device("reweight_pool", "weight", weight, "features", features)

@@ -13,16 +13,17 @@ struct LossTask {
   int64_t rows, classes;
   const void* scores;
   DType scores_type;
-  const void* target;  // [rows, classes]; with indptr the classes of the positives, int32 or int64, ascending in a row
+  // [rows, classes]; or, with indptr, the classes of the positives, int32 or int64, ascending in a row: those of row r
+  // are target[indptr[r]] to target[indptr[r + 1] - 1].
+  const void* target;
   DType target_type;
-  const int64_t*
-      indptr;  // [rows + 1]: the positives of row r are target[indptr[r]] to target[indptr[r + 1] - 1]; or null
+  const int64_t* indptr;     // [rows + 1], or null
   const void* class_weight;  // [classes] in the computing type, or null
   double label_smoothing;
   void* loss;  // one value, or [rows, classes] if elementwise; in the computing type
   void* grad;  // [rows, classes] in the type of the scores, or null
-  void*
-      inv_known;  // for the mean over known labels: receives 1 / their number, by which the loss is multiplied; or null
+  // For the mean over known labels: receives 1 / their number, by which the loss is multiplied; or null.
+  void* inv_known;
   bool elementwise;
 };
 

@@ -54,15 +54,6 @@ Formula<T> formula(const AamOptions& o) {
   return f;
 }
 
-template <typename T>
-MLFAST_SIMD void scale_tile(T* grad, float factor, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) grad[i] = Narrow<T>::from(widen(grad[i]) * factor);
-}
-
-MLFAST_SIMD void scale_tile(double* grad, double factor, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) grad[i] *= factor;
-}
-
 }  // namespace
 
 void aam_loss(const LossTask& task, const AamOptions& options) {
@@ -71,21 +62,6 @@ void aam_loss(const LossTask& task, const AamOptions& options) {
   } else {
     elementwise_loss<float>(task, formula<float>(options));
   }
-}
-
-void scale_grad(void* grad, DType grad_type, const void* factor, DType factor_type, int64_t n) {
-  const double value =
-      factor_type == DType::kFloat64 ? *static_cast<const double*>(factor) : *static_cast<const float*>(factor);
-  if (value == 1) return;
-  with_type(grad_type, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    if constexpr (!std::is_integral_v<T>) {
-      for_chunks(n, [&](int64_t, int64_t begin, int64_t end) {
-        scale_tile(static_cast<T*>(grad) + begin, std::conditional_t<std::is_same_v<T, double>, double, float>(value),
-                   end - begin);
-      });
-    }
-  });
 }
 
 }  // namespace mlfast::cpu

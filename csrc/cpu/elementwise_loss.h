@@ -176,7 +176,6 @@ TargetTile<T> load_target(const LossTask& task, int64_t begin, int64_t n, T* buf
         return;
       }
       read_hard_labels(from, buffer, n);
-      tile.labels = Labels::kHard;
       return;
     } else if constexpr (std::is_same_v<From, T>) {
       if (smoothed) {
@@ -303,5 +302,9 @@ void elementwise_loss(const LossTask& task, const Formula& formula) {
   }
   *static_cast<T*>(task.loss) = static_cast<T>(factor * std::accumulate(loss, loss + kMaxChunks, 0.0));
 }
+
+// Backward: grad *= *factor, in place; reads and writes nothing else when the factor is 1, the usual case of
+// loss.backward().
+void scale_grad(void* grad, DType grad_type, const void* factor, DType factor_type, int64_t n);
 
 }  // namespace mlfast::cpu

@@ -114,8 +114,8 @@ void attend(const From* vectors, int64_t stride, const int32_t* indices, int64_t
   if (rest == 0) return;
   std::fill_n(s.sum.data(), rest, T(0));
   for_edges(n, [&](auto rows, int64_t e) {
-    add_weighted<rows()>(s.sum.data(), vectors_at<rows()>(vectors + blocks, stride, indices, e), s.weights.data() + e,
-                         rest);
+    add_weighted<rows()>(s.sum.data(), neighbours_at<rows()>(vectors + blocks, stride, indices, e),
+                         s.weights.data() + e, rest);
   });
   store_scaled(s.sum.data(), factor, to + blocks, rest);
 }
@@ -133,7 +133,7 @@ void attend_and_dot(const From* vectors, int64_t stride, const int32_t* indices,
   if (rest == 0) return;
   std::fill_n(s.sum.data(), rest, T(0));
   for_edges(n, [&](auto rows, int64_t e) {
-    add_weighted_and_dot<rows()>(s.sum.data(), vectors_at<rows()>(vectors + blocks, stride, indices, e),
+    add_weighted_and_dot<rows()>(s.sum.data(), neighbours_at<rows()>(vectors + blocks, stride, indices, e),
                                  s.weights.data() + e, other + blocks, dots + e, rest);
   });
   store_scaled(s.sum.data(), T(1), to + blocks, rest);

@@ -14,13 +14,14 @@ namespace mlfast::cpu {
 constexpr int kTogether = 4;
 
 template <typename From, int kRows>
-struct Vectors {
+struct Neighbours {
   const From* at[kRows];
 };
 
 // sum += the weighted vectors.
 template <int kRows, typename T, typename From>
-MLFAST_SIMD void add_weighted(T* __restrict sum, Vectors<From, kRows> vectors, const T* __restrict weights, int64_t n) {
+MLFAST_SIMD void add_weighted(T* __restrict sum, Neighbours<From, kRows> vectors, const T* __restrict weights,
+                              int64_t n) {
   for (int64_t f = 0; f < n; ++f) {
     T added = 0;
     for (int r = 0; r < kRows; ++r) added += weights[r] * widen(vectors.at[r][f]);
@@ -30,7 +31,7 @@ MLFAST_SIMD void add_weighted(T* __restrict sum, Vectors<From, kRows> vectors, c
 
 // The same, and to dots are added the inner products of the vectors with another one.
 template <int kRows, typename T, typename From>
-MLFAST_SIMD void add_weighted_and_dot(T* __restrict sum, Vectors<From, kRows> vectors, const T* __restrict weights,
+MLFAST_SIMD void add_weighted_and_dot(T* __restrict sum, Neighbours<From, kRows> vectors, const T* __restrict weights,
                                       const From* __restrict other, T* __restrict dots, int64_t n) {
   static_assert(kRows == 1 || kRows == 4);
   T dot0 = 0, dot1 = 0, dot2 = 0, dot3 = 0;
@@ -132,8 +133,8 @@ void for_edges(int64_t n, const F& f) {
 
 // Vectors `e` to e + kRows of one head.
 template <int kRows, typename From>
-Vectors<From, kRows> vectors_at(const From* base, int64_t stride, const int32_t* indices, int64_t e) {
-  Vectors<From, kRows> vectors;
+Neighbours<From, kRows> neighbours_at(const From* base, int64_t stride, const int32_t* indices, int64_t e) {
+  Neighbours<From, kRows> vectors;
   for (int r = 0; r < kRows; ++r) vectors.at[r] = base + indices[e + r] * stride;
   return vectors;
 }

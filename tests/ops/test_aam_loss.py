@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from mlfast.functional import aam_loss
 from mlfast.ops.aam_loss import Options, reference
-from tests.ops.loss_cases import FLOATS, GAMMAS, example
+from tests.ops.loss_cases import GAMMAS, example
 from tests.ops.loss_cases import assert_as_good_as_pytorch as compare
 from tests.ops.loss_cases import loss_and_grad as evaluate
+from tests.ops.policy import FLOATS, assert_bit_equal, assert_written, guarded, over_threads
 
 loss_and_grad = functools.partial(evaluate, aam_loss)
 assert_as_good_as_pytorch = functools.partial(compare, aam_loss)
@@ -163,16 +164,10 @@ def test_guard_bands(backend, device):
 
     for n, dtype in itertools.product((1, 7, 64, 515), (torch.float32, torch.bfloat16)):
         cos, target = example(1, n, dtype, "soft", device)
-        loss = torch.full((n + 64,), 7.0, device=device)
-        grad = torch.full((n + 64,), 7.0, device=device, dtype=dtype)
+        buffers, (loss, grad) = zip(*(guarded((n,), kind, device) for kind in (torch.float32, dtype)), strict=True)
         numbers = kernel_numbers(LOSS, DEFAULTS._replace(reduction="none"), 1)
-        LAUNCH[backend](
-            "aam_loss", workspace_for, cos, target, None, None, loss[32 : n + 32], grad[32 : n + 32], None, numbers
-        )
-        for out in (loss, grad):
-            assert (out[:32] == 7).all()
-            assert (out[n + 32 :] == 7).all()
-            assert (out[32 : n + 32] != 7).all()
+        LAUNCH[backend]("aam_loss", workspace_for, cos, target, None, None, loss, grad, None, numbers)
+        assert_written(buffers)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean", "none"])
@@ -234,17 +229,7 @@ def test_any_numbers(data, rows, classes, scale, margin, k, gamma_neg, gamma_pos
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_bit_equal_over_repeats_and_threads(reduction):
     cos, target = example(300, 601, torch.float32, "hard")
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 1, 2):
-            torch.set_num_threads(threads)
-            results.append(loss_and_grad(cos, target, reduction=reduction))
-    finally:
-        torch.set_num_threads(before)
-    for loss, grad in results[1:]:
-        assert torch.equal(loss, results[0][0])
-        assert torch.equal(grad, results[0][1])
+    assert_bit_equal(over_threads(lambda: loss_and_grad(cos, target, reduction=reduction)))
 
 
 def test_bit_equal_over_repeats(backend, device):

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 import mlfast
 from mlfast.functional import asymmetric_loss
 from mlfast.ops.asymmetric_loss import Options
-from tests.ops.loss_cases import FLOATS, GAMMAS, example
+from tests.ops.loss_cases import GAMMAS, example
 from tests.ops.loss_cases import assert_as_good_as_pytorch as compare
 from tests.ops.loss_cases import loss_and_grad as evaluate
+from tests.ops.policy import FLOATS, assert_bit_equal, over_threads
 
 loss_and_grad = functools.partial(evaluate, asymmetric_loss)
 assert_as_good_as_pytorch = functools.partial(compare, asymmetric_loss)
@@ -115,14 +116,7 @@ def test_detached_focus_keeps_the_loss_and_changes_the_gradient(backend, device)
 
 def test_bit_equal_over_threads():
     scores, target = example(300, 601, torch.float32, "hard")
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(loss_and_grad(scores, target))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+    assert_bit_equal(over_threads(lambda: loss_and_grad(scores, target)))
 
 
 def test_compile_whole_and_opcheck(backend, device):

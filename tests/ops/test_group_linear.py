@@ -9,9 +9,8 @@ from torch.nn import functional as F
 import mlfast
 from mlfast.functional import group_linear
 from mlfast.ops.group_linear import LAUNCH, LAUNCH_BACKWARD, Sizes, computing_dtype, reference
-from tests.ops.loss_cases import FLOATS
+from tests.ops.policy import FLOATS, assert_bit_equal, assert_error, assert_written, guarded, over_threads
 
-GUARD = -984.0  # exact in every dtype, and no result
 # batch, groups, features, slots, classes: one slot, a few, more than a block; classes that fill the slots, that crop
 # the last group, and that leave a group without any
 SIZES = [(5, 3, 20, 1, 3), (5, 3, 37, 7, 19), (3, 3, 24, 18, 20)]
@@ -52,7 +51,7 @@ def output_and_grads(x, weight, bias, classes, cosine):
 
 
 def assert_as_good_as_pytorch(x, weight, bias, classes, cosine):
-    """Error at most twice that of plain PyTorch in the same dtype, plus four units in the last place."""
+    """Result and gradients against float64, by the policy."""
     got, out_dtype = output_and_grads(x, weight, bias, classes, cosine)
     with mlfast.use_backend("reference"):
         plain, plain_dtype = output_and_grads(x, weight, bias, classes, cosine)
@@ -60,13 +59,9 @@ def assert_as_good_as_pytorch(x, weight, bias, classes, cosine):
         truth, _ = output_and_grads(*double, classes, cosine)
     assert out_dtype == plain_dtype
     dtypes = out_dtype, *(t.dtype for t in (x, weight, bias) if t is not None)
-    for name, dtype, mine, theirs, exact in zip(
-        ("out", "x", "weight", "bias"), dtypes, got, plain, truth, strict=False
-    ):
-        floor = 4 * torch.finfo(dtype).eps * exact.abs().max().item() + 1e-12
-        bound = 2 * (theirs - exact).abs().max().item() + floor
-        error = (mine - exact).abs().max().item()
-        assert error <= bound, f"{name} of {tuple(x.shape)}: error {error:.3g}, allowed {bound:.3g}"
+    names = ("out", "x", "weight", "bias")[: len(dtypes)]
+    for name, mine, theirs, exact, dtype in zip(names, got, plain, truth, dtypes, strict=True):
+        assert_error(f"{name} of {tuple(x.shape)}", mine, theirs, exact, dtype)
 
 
 # ----------------------------------------------------------------------------------------------------- correctness
@@ -196,30 +191,16 @@ def test_the_gradient_has_the_layout_of_x(backend, device, cosine):
 def test_guard_bands(backend, device, size, dtype, cosine):
     if backend == "reference":
         pytest.skip("allocates its own outputs")
-
-    buffers = []
-
-    def guarded(shape, dtype, present=True):
-        if not present:
-            return torch.empty(0, dtype=dtype, device=device)
-        buffer = torch.full((torch.Size(shape).numel() + 64,), GUARD, dtype=dtype, device=device)
-        buffers.append(buffer)
-        return buffer[32:-32].view(shape)
-
-    x, weight, bias, classes = example(size, dtype, device)
+    batch, groups, _, slots, classes = size
+    x, weight, bias, _ = example(size, dtype, device)
     sizes, computing = Sizes(*size, cosine), computing_dtype(dtype)
-    out = guarded((size[0], classes), computing)
-    saved = (
-        guarded((size[0], classes), computing, cosine),
-        guarded(x.shape[:2], computing, cosine),
-        guarded((weight.shape[0], weight.shape[2]), computing, cosine),
-    )
+    saved_shapes = ((batch, classes), (batch, groups), (groups, slots)) if cosine else ((0,), (0,), (0,))
+    shapes = (batch, classes), *saved_shapes
+    buffers, (out, *saved) = zip(*(guarded(shape, computing, device) for shape in shapes), strict=True)
     LAUNCH[backend](sizes, x, weight, bias, out, *saved)
-    grads = guarded(x.shape, dtype), guarded(weight.shape, dtype)
+    grad_buffers, grads = zip(*(guarded(t.shape, dtype, device) for t in (x, weight)), strict=True)
     LAUNCH_BACKWARD[backend](sizes, out.contiguous(), x, weight, *saved, *grads)
-    for buffer in buffers:
-        assert (buffer[:32] == GUARD).all() and (buffer[-32:] == GUARD).all()
-        assert (buffer[32:-32] != GUARD).all()
+    assert_written((*buffers, *grad_buffers))
 
 
 def test_empty_batch(backend, device, cosine):
@@ -264,16 +245,7 @@ def test_any_size(size, used, dtype, cosine, bias, seed):
 
 def test_bit_equal_over_repeats_and_threads(cosine):
     inputs = example((30, 9, 768, 7, 60))
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 1, 2):
-            torch.set_num_threads(threads)
-            results.append(output_and_grads(*inputs, cosine)[0])
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(map(torch.equal, result, results[0]))
+    assert_bit_equal(over_threads(lambda: output_and_grads(*inputs, cosine)[0]))
 
 
 def test_bit_equal_over_repeats(backend, device, cosine):

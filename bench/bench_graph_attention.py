@@ -87,10 +87,6 @@ def gatconv(layer, heads, features, in_features):
     return peer
 
 
-def in_microseconds(medians):
-    return {name: round(value * 1e6, 1) for name, value in medians.items()}
-
-
 @pytest.mark.parametrize("size", SIZES | DENSITIES)
 def bench_graph_attention(benchmark, record, device, quick, size):
     if quick and size != QUICK:
@@ -109,7 +105,7 @@ def bench_graph_attention(benchmark, record, device, quick, size):
     *leaves, incoming = inputs[0]
     assert_same_results(contestants, leaves, incoming)
     steps = {name: training(attend) for name, attend in contestants.items()}
-    medians = race(benchmark, steps, inputs, "mlfast", rounds_for(nodes, quick))
+    median_us = race(benchmark, steps, inputs, "mlfast", rounds_for(nodes, quick))
     record(
         op="graph_attention",
         case=f"{size} training",
@@ -120,7 +116,7 @@ def bench_graph_attention(benchmark, record, device, quick, size):
         bytes=20 * features * heads * nodes + 8 * graph.num_edges,
         multiply_adds=3 * features * heads * graph.num_edges,  # one sum of vectors forward; two products backward
         **growth(nodes, neighbours),
-        median_us=in_microseconds(medians),
+        median_us=median_us,
     )
 
 
@@ -163,7 +159,7 @@ def bench_graph_attention_layer(benchmark, record, device, quick, size, part):
     assert_same_gradients(*steps.values())
     if part == "whole":
         steps["product alone"] = with_gradients(torch.nn.Linear(in_features, width, bias=False, device=device), x)
-    medians = race(benchmark, steps, [()] * 3, "mlfast", rounds_for(nodes // 2, quick))
+    median_us = race(benchmark, steps, [()] * 3, "mlfast", rounds_for(nodes // 2, quick))
     product = nodes * in_features if part == "whole" else 0
     record(
         op="graph_attention_layer",
@@ -174,5 +170,5 @@ def bench_graph_attention_layer(benchmark, record, device, quick, size, part):
         bytes=20 * width * nodes + 8 * graph.num_edges + (8 * (nodes + width) * in_features if product else 0),
         multiply_adds=width * 3 * graph.num_edges + 2 * width * product,
         **(growth(nodes, neighbours) if part == "whole" else {}),
-        median_us=in_microseconds(medians),
+        median_us=median_us,
     )

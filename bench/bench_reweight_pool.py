@@ -86,7 +86,7 @@ def bench_reweight_pool(benchmark, record, device, quick, size, layout, mode):
     inputs, pools = make_inputs(shape, LAYOUTS[layout], device), contestants()
     assert_same_results(pools, *inputs[0])
     steps = {name: mode(pool) for name, pool in pools.items()}
-    medians = race(benchmark, steps, inputs, "mlfast", 5 if quick else 15)
+    median_us = race(benchmark, steps, inputs, "mlfast", 5 if quick else 15)
     elements = torch.Size(shape).numel()
     record(
         op="reweight_pool",
@@ -96,5 +96,5 @@ def bench_reweight_pool(benchmark, record, device, quick, size, layout, mode):
         # One read of the features forward, one write of their gradient backward; all else is P times smaller.
         bytes=elements * 4 * (2 if mode is training else 1),
         operations=elements * 3,  # a multiplication, an addition and a comparison, forward
-        median_us={name: round(value * 1e6, 1) for name, value in medians.items()},
+        median_us=median_us,
     )

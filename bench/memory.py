@@ -1,8 +1,8 @@
 """Memory of the contestants: what freed memory costs, and the peak of one call.
 
-The peak is what PyTorch's allocator held at the most, above what it held before the call. The same definition on both
-kinds of device. Memory that a library takes for itself, such as the packed matrices of a
-matrix product on a CPU, is not in it; mlfast's kernels allocate none.
+The peak is what PyTorch's allocator held at the most, above what it held before the call: the same definition on both
+kinds of device. What a library takes for itself is not in it, such as the packed matrices of a matrix product on a CPU,
+nor is the scratch of mlfast's own CPU kernels: docs/benchmarks.md says how much that is.
 """
 
 from __future__ import annotations

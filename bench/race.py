@@ -63,7 +63,7 @@ def race(
     fixture ``record`` takes it into the row.
 
     Returns:
-        The median seconds of each contestant.
+        The median microseconds of each contestant, as a row has them.
     """
     timed = {name: until_done(run) for name, run in contestants.items()}
     one_round = 0.0
@@ -75,7 +75,7 @@ def race(
     with no_garbage_collection():
         times = take_turns(benchmark, timed, inputs, subject, rounds)
         benchmark.extra_info["race"] = details(contestants, timed, inputs, subject, times)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: microseconds(statistics.median(values)) for name, values in times.items()}
 
 
 def take_turns(

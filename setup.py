@@ -21,9 +21,9 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CUDA_ARCHS = "80;90;100"
 CXX_FLAGS = (
-    # IEEE results, but products may be fused into sums where the processor can, so the clones differ in last bits;
-    # floating-point exceptions and errno are not observable, without which no loop
-    # with a conditional vectorises. 512-bit vectors where the clone for AVX-512 runs (GCC prefers 256 by default).
+    # IEEE results, but products may be fused into sums where the processor can, so the clones for several instruction
+    # sets differ in last bits. Floating-point exceptions and errno are not observable, without which no loop with a
+    # conditional vectorises.
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -fno-math-errno -fno-trapping-math -ffp-contract=fast"
 )
 
@@ -51,6 +51,8 @@ def cuda_arch_flags(nvcc: str) -> tuple[str, list[str]]:
     if wish and not set(archs) <= known:
         raise SystemExit(f"MLFAST_CUDA_ARCHS={wish!r}: {nvcc} knows {', '.join(sorted(known, key=int))}")
     archs = [a for a in archs if a in known]
+    if not archs:
+        raise SystemExit(f"no compute capability to build for: set MLFAST_CUDA_ARCHS to some of {';'.join(known)}")
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     return ";".join(archs), [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
@@ -60,7 +62,7 @@ def cxx_flags() -> list[str]:
 
     flags = CXX_FLAGS.split()
     if sysconfig.get_platform().endswith("x86_64"):
-        flags.append("-mprefer-vector-width=512")
+        flags.append("-mprefer-vector-width=512")  # in the clone for AVX-512, where GCC prefers 256 by itself
     if sys.platform.startswith("linux"):
         flags.append("-fopenmp")
     flags += [f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]

@@ -159,9 +159,9 @@ class Graph:
         return f"Graph({self.num_nodes} nodes, {self.num_edges} edges, density {self.density:.3g}, {self.device})"
 
 
-def _pointers(sorted_or_not: Tensor, num_nodes: int) -> Tensor:
-    """Where each node's edges begin and end, from the node of each edge."""
-    counts = torch.bincount(sorted_or_not, minlength=num_nodes)
+def _pointers(node_of_edge: Tensor, num_nodes: int) -> Tensor:
+    """Where each node's edges begin and end, [num_nodes + 1]; the edges may be in any order."""
+    counts = torch.bincount(node_of_edge, minlength=num_nodes)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mlfast.nn.attention import attend
 from mlfast.nn.fixed_classifiers import FixedClassifiers, score
-from mlfast.nn.graph_branch import GraphConvolution
+from mlfast.nn.graph_branch import GraphConvolution, check_vectors
 
 
 class GATN(nn.Module):
@@ -62,9 +62,7 @@ class GATN(nn.Module):
         cosine: bool = True,
     ) -> None:
         super().__init__()
-        if not isinstance(vectors, Tensor) or vectors.dim() != 2 or not vectors.is_floating_point():
-            got = f"{list(vectors.shape)} of {vectors.dtype}" if isinstance(vectors, Tensor) else type(vectors).__name__
-            raise ValueError(f"vectors must be a floating point tensor [K, N], one row per label, got {got}")
+        check_vectors(vectors)
         if len(vectors) != num_classes:
             raise ValueError(f"GATN needs a vector for each of the {num_classes} classes, got {len(vectors)}")
         if not 0 <= threshold <= 1:

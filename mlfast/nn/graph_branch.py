@@ -73,7 +73,8 @@ class LabelNetwork(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-        edge_index, edge_weight = _check(vectors, graph, kind)
+        check_vectors(vectors)
+        edge_index, edge_weight = _edges_of(graph, vectors, kind)
         self.kind = kind
         self.negative_slope = negative_slope
         self.activate_output = activate_output
@@ -185,11 +186,19 @@ class GraphBranch(LabelNetwork):
         return torch.sigmoid(largest) if self.sigmoid else largest
 
 
-def _check(vectors: Any, graph: Any, kind: str) -> tuple[Tensor, Tensor | None]:
-    """Sources and targets of the edges [2, E], and for graph convolutions their weights [E]."""
+def check_vectors(vectors: Any) -> None:
+    """Raises ValueError unless these are vectors of labels."""
     if not isinstance(vectors, Tensor) or vectors.dim() != 2 or not vectors.is_floating_point():
         got = f"{list(vectors.shape)} of {vectors.dtype}" if isinstance(vectors, Tensor) else type(vectors).__name__
         raise ValueError(f"vectors must be a floating point tensor [K, N], one row per label, got {got}")
+
+
+def _edges_of(graph: Any, vectors: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
+    """Sources and targets of the edges, int64 [2, E], and for graph convolutions their weights [E].
+
+    Raises:
+        ValueError: the graph does not fit the vectors or the kind.
+    """
     num_nodes = len(vectors)
     if isinstance(graph, Graph):
         if kind != "gat":

@@ -11,9 +11,7 @@ from torch.nn import functional as F
 
 from mlfast.nn.attention import attend, attention_weights, input_projection, output_projection
 from mlfast.nn.cosine_linear import CosineLinear
-from mlfast.nn.group_linear import GroupLinear
-
-_MOST_GROUPS = 100
+from mlfast.nn.group_linear import MOST_GROUPS, GroupLinear
 
 
 class MLDecoder(nn.Module):
@@ -86,7 +84,7 @@ class MLDecoder(nn.Module):
             self.word_projection = nn.Linear(queries.shape[1], embed_dim)
             self.projection = SharedProjection(embed_dim, cosine, bias)
         else:
-            groups = min(_MOST_GROUPS, num_classes) if num_groups is None else num_groups
+            groups = min(MOST_GROUPS, num_classes) if num_groups is None else num_groups
             drawn = torch.randn(groups, embed_dim)
             if queries == "learned":
                 self.queries = nn.Parameter(drawn)
@@ -256,7 +254,7 @@ def _check_sizes(in_features: int, num_classes: int, num_groups: int | None, emb
     if num_groups is not None and not 1 <= num_groups <= num_classes:
         raise ValueError(
             f"num_groups must be from 1 to the number of classes, {num_classes}, got {num_groups}; "
-            f"leave it out for {min(_MOST_GROUPS, num_classes)}"
+            f"leave it out for {min(MOST_GROUPS, num_classes)}"
         )
     if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
         raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim=} and {num_heads=}")

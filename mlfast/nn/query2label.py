@@ -55,9 +55,10 @@ class Query2Label(nn.Module):
         cosine: bool = True,
     ) -> None:
         super().__init__()
-        if in_features < 1 or num_classes < 1 or decoder_layers < 1:
+        if min(in_features, num_classes, num_heads, decoder_layers) < 1:
             raise ValueError(
-                f"Query2Label needs sizes of at least 1, got {in_features=}, {num_classes=} and {decoder_layers=}"
+                f"Query2Label needs sizes of at least 1, got {in_features=}, {num_classes=}, {num_heads=} and "
+                f"{decoder_layers=}"
             )
         width = in_features if embed_dim is None else embed_dim
         if width < 1 or width % num_heads or width % 4:

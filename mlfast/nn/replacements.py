@@ -239,7 +239,7 @@ def _require_same_outputs(old: nn.Module, new: nn.Module, x: Tensor, *rest: Tens
     finally:
         old.train(was_training)
     tolerance = 1e-4 if x.dtype in (torch.float32, torch.float64) else 5e-2
-    for ours, theirs in zip(*results, strict=True):
+    for theirs, ours in zip(*results, strict=True):
         same = ours.shape == theirs.shape and torch.allclose(ours.double(), theirs.double(), tolerance, tolerance)
         require(same, "it gives other outputs, or gradients")
 

@@ -13,8 +13,7 @@ from mlfast.deploy.runtimes import Runtime
 from mlfast.deploy.splits import LabelledImages, batches, mostly_unknown
 from mlfast.deploy.thresholds import rounded_down
 from mlfast.evaluation import MultilabelMetrics, Predictions, Thresholds
-
-COLUMNS = ("mAP", "OP", "OR", "OF1", "CP", "CR", "CF1")
+from mlfast.evaluation.metrics import SCORES
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,9 @@ def tune(predictions: Predictions, **options: Any) -> Tuned:
 def table(rows: dict[str, MultilabelMetrics]) -> str:
     """Metrics side by side, in percent."""
     width = max(map(len, rows))
-    lines = [" " * width + "".join(f"{name:>7}" for name in COLUMNS)]
+    lines = [" " * width + "".join(f"{name:>7}" for name in SCORES)]
     for title, metrics in rows.items():
-        lines.append(f"{title:<{width}}" + "".join(f"{100 * getattr(metrics, name):>7.1f}" for name in COLUMNS))
+        lines.append(f"{title:<{width}}" + "".join(f"{100 * getattr(metrics, name):>7.1f}" for name in SCORES))
     return "\n".join(lines)
 
 

@@ -128,13 +128,14 @@ class Predictor:
         """
         if not isinstance(self.model, TorchRuntime):
             raise ValueError("attention: exported files hold none; open the model folder that they were made from")
-        return self.model.attention(model_input(image, self.info.image_size, self.info.resize, self.max_pixels)[None])[
-            0
-        ]
+        return self.model.attention(self._input(image)[None])[0]
+
+    def _input(self, image: Any) -> np.ndarray:
+        return model_input(image, self.info.image_size, self.info.resize, self.max_pixels)
 
     def _read(self, number: int, image: Any) -> np.ndarray | ImageError:
         try:
-            return model_input(image, self.info.image_size, self.info.resize, self.max_pixels)
+            return self._input(image)
         except ImageError as error:
             name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"images[{number}]"
             return ImageError(f"{name}: {error}")

@@ -17,6 +17,7 @@ from mlfast.evaluation.columns import Blocks, Column, Ranks, dense_blocks, map_c
 
 ArrayLike = torch.Tensor | np.ndarray
 F1_FORMS = ("harmonic", "macro", "sample")
+SCORES = ("mAP", "OP", "OR", "OF1", "CP", "CR", "CF1")  # of `MultilabelMetrics`, as tables show them
 _BLOCK_ELEMENTS = 1 << 24  # of what is copied at once
 
 

@@ -74,17 +74,22 @@ class Predictions:
             whole.num_images += images
         return whole
 
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities, float32 [N, K], and targets, int8 [N, K]: 1, 0, or -1 for unknown. Not of ``known_only``."""
+        score, target = self._tensors()
+        return score, target
+
     def positives(self) -> np.ndarray:
         """The images that have each class, ``[K]`` int64."""
         if not self.known_only:
-            return (self._matrices()[1] > 0).sum(0).numpy()
+            return (self.matrices()[1] > 0).sum(0).numpy()
         _, label, _, positive = self._tensors()
         return torch.bincount(label[positive], minlength=self.num_classes).numpy()
 
     def metrics(self, threshold: float | ArrayLike = 0.5, **options: Any) -> MultilabelMetrics:
         """`multilabel_metrics` of everything; ``options`` are its keyword arguments."""
         if not self.known_only:
-            return multilabel_metrics(*self._matrices(), threshold, **options)
+            return multilabel_metrics(*self.matrices(), threshold, **options)
         check_options(**options)
         limits = torch.as_tensor(threshold, dtype=torch.float32).expand(self.num_classes)
         per_class, of_classes = class_counts(self._blocks(), limits, options.get("interpolated", False))
@@ -97,7 +102,7 @@ class Predictions:
     def thresholds(self, **options: Any) -> Thresholds:
         """`tune_thresholds` of everything; ``options`` are its keyword arguments."""
         if not self.known_only:
-            return tune_thresholds(*self._matrices(), **options)
+            return tune_thresholds(*self.matrices(), **options)
         return thresholds_of(self._blocks(shared=options.get("shared", False)), self.num_classes, **options)
 
     def _blocks(self, shared: bool = False) -> Blocks:
@@ -105,10 +110,6 @@ class Predictions:
         if shared:  # all entries are of one class
             return known_blocks(np.zeros_like(label), score, positive, 1)
         return known_blocks(label, score, positive, self.num_classes)
-
-    def _matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        score, target = self._tensors()
-        return score, target
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         """Everything so far, in one piece."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mlfast.evaluation import MultilabelMetrics, Predictions
+from mlfast.evaluation.metrics import SCORES
 from mlfast.models import conditional_probabilities, count_labels, create_label_graph
 from mlfast.models.checkpoint import load_model, write_text
 from mlfast.training.drawing import BLUE, GREEN, GREY, ORANGE, new_figure, png, tidy
@@ -128,7 +129,7 @@ def render(
     title: str, records: list[Record], classes: Sequence[str], predictions: Predictions, mistakes: Mistakes
 ) -> str:
     """The page as HTML: everything it shows is inside it."""
-    scores, targets = (tensor.numpy() for tensor in predictions._tensors())
+    scores, targets = (tensor.numpy() for tensor in predictions.matrices())
     metrics = predictions.metrics()
     sections = [
         _summary(metrics, predictions.num_images),
@@ -145,9 +146,8 @@ def render(
 
 
 def _summary(metrics: MultilabelMetrics, images: int) -> str:
-    names = ("mAP", "OP", "OR", "OF1", "CP", "CR", "CF1")
-    head = "".join(f"<th class=number>{name}</th>" for name in names)
-    cells = "".join(f"<td class=number>{100 * getattr(metrics, name):.1f}</td>" for name in names)
+    head = "".join(f"<th class=number>{name}</th>" for name in SCORES)
+    cells = "".join(f"<td class=number>{100 * getattr(metrics, name):.1f}</td>" for name in SCORES)
     return (
         f"<p>The best model on {images} validation images, in percent, at threshold 0.5.</p>"
         f"<table><tr>{head}</tr><tr>{cells}</tr></table>"

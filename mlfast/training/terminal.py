@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mlfast.evaluation.metrics import SCORES
 from mlfast.training.config import TrainConfig
 from mlfast.training.history import Record
 
@@ -34,14 +35,13 @@ _TITLES = {
     "data_seconds": "waiting",
     "compute_seconds": "computing",
 }
-_SCORES = ("mAP", "OF1", "CF1", "OP", "OR", "CP", "CR")
 
 BAR_FORMAT = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
 
 
 def introduction(config: TrainConfig, data: str, num_classes: int, device: torch.device, begun: int) -> str:
     """What is about to be trained, in two lines; ``begun`` is the number of finished epochs."""
-    weights = "timm's weights" if config.pretrained else config.weights if config.weights else "random"
+    weights = "timm's weights" if config.pretrained else config.weights or "random"
     start = f"continued after epoch {begun}" if begun else f"initial weights: {weights}"
     graph = f", graph {config.graph}" if config.graph != "none" else ""
     length = f"{config.steps} steps" if config.steps else f"{config.epochs} epochs"
@@ -96,9 +96,9 @@ def result_table(records: list[Record], best: dict[str, Any]) -> str:
         by = " by held-out mAP" if held_out else ""
         rows.append((f"best{by}: {source}, epoch {best['epoch']}", records[best["epoch"] - 1], best["prefix"]))
     width = max(len(title) for title, _, _ in rows)
-    lines = [" " * width + "".join(f"{score:>7}" for score in _SCORES) + ("  held-out mAP" if held_out else "")]
+    lines = [" " * width + "".join(f"{score:>7}" for score in SCORES) + ("  held-out mAP" if held_out else "")]
     for title, record, prefix in rows:
-        cells = [f"{_number(record.get(prefix + score), '{:.1f}', 100):>7}" for score in _SCORES]
+        cells = [f"{_number(record.get(prefix + score), '{:.1f}', 100):>7}" for score in SCORES]
         if held_out:
             cells.append(f"{_number(record.get(f'held_out_{prefix}mAP'), '{:.1f}', 100):>14}")
         lines.append(f"{title:<{width}}" + "".join(cells))

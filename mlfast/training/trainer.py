@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlfast.evaluation import Predictions
+from mlfast.evaluation.metrics import SCORES
 from mlfast.models import MultilabelClassifier
 from mlfast.models.checkpoint import CheckpointError, save_model
 from mlfast.training.bad_step import RecentSteps
@@ -34,7 +35,6 @@ from mlfast.training.report import write_report
 from mlfast.training.step import Step, autocast
 from mlfast.training.terminal import BAR_FORMAT, epoch_line, header, introduction, postfix, summary
 
-_METRICS = ("mAP", "OF1", "CF1", "OP", "OR", "CP", "CR")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _LOOK_EVERY = 10  # steps between two looks at the loss: each look makes a GPU wait
 
@@ -218,7 +218,7 @@ class Trainer:
                 raise self._diverged("validation loss", str(loss.item()))
             predictions.add(self.model.probabilities(output), batch.targets)
         metrics = predictions.gather().metrics()
-        scores = {prefix + name: getattr(metrics, name) for name in _METRICS}
+        scores = {prefix + name: getattr(metrics, name) for name in SCORES}
         return {prefix + "val_loss": self.processes.total(loss).item() / batches.num_images, **scores}
 
     def _finish_epoch(self, record: dict[str, Any]) -> None:

@@ -94,6 +94,12 @@ class LabelLists:
         indices, indptr = _gather(self.indices, self.indptr, images)
         return LabelLists(indptr, indices)
 
+    def without(self, other: LabelLists, num_classes: int) -> LabelLists:
+        """The lists without the classes that the image has in the other lists too."""
+        codes, others = (lists.images() * num_classes + lists.indices for lists in (self, other))
+        keep = ~np.isin(codes, others, assume_unique=True)
+        return LabelLists.from_pairs(self.images()[keep], self.indices[keep], len(self), num_classes)
+
 
 @dataclass(frozen=True, eq=False)
 class Shards:

@@ -160,14 +160,13 @@ class Collector:
         return None
 
     def _without(self, lists: LabelLists, stronger: LabelLists, num_classes: int) -> LabelLists:
-        """The lists without what a stronger list holds too."""
+        """The lists without what a stronger list holds too, which is noted."""
         if not len(lists.indices) or not len(stronger.indices):
             return lists
-        codes, strong = (part.images() * num_classes + part.indices for part in (lists, stronger))
-        keep = ~np.isin(codes, strong, assume_unique=True)
-        if lost := int((~keep).sum()):
+        kept = lists.without(stronger, num_classes)
+        if lost := len(lists.indices) - len(kept.indices):
             self.notes.append(f"{lost} labels were contradictory; positive went before negative before unknown")
-        return LabelLists.from_pairs(lists.images()[keep], lists.indices[keep], len(lists), num_classes)
+        return kept
 
     def _all_notes(self) -> tuple[str, ...]:
         notes = list(self.notes)

@@ -75,7 +75,7 @@ def draw_scenes(
     return canvas.finish(rng, light)
 
 
-# What stands where -----------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------- what stands where
 
 
 def _digit_layers(rng: np.random.Generator, labels: np.ndarray, pools: list[np.ndarray]) -> list[Layer]:
@@ -166,7 +166,7 @@ def _vary(rng: np.random.Generator, colour: np.ndarray) -> np.ndarray:
     return np.clip(colour * brightness + rng.normal(0, 0.03, colour.shape), 0, 1).astype(np.float32)
 
 
-# The ground ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------- the ground
 
 
 def _ground_plan(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
@@ -206,7 +206,7 @@ def _linear_weights(size: int, knots: int) -> np.ndarray:
     return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(knots))).astype(np.float32)
 
 
-# Patches ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------------- patches
 
 
 class _Canvas:

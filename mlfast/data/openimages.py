@@ -8,6 +8,7 @@ The label files have up to 60 million rows `ImageID,Source,LabelName,Confidence`
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -58,8 +59,8 @@ def read(
         image, labels, values = _expanded(image, labels, values, above)
     positive = LabelLists.from_pairs(image[values], labels[values], len(images), len(classes))
     negative = LabelLists.from_pairs(image[~values], labels[~values], len(images), len(classes))
-    negative, contradictory = _without(negative, positive, len(classes))
-    if contradictory:
+    denied, negative = len(negative.indices), negative.without(positive, len(classes))
+    if contradictory := denied - len(negative.indices):
         notes.append(f"{contradictory} labels are both verified and denied; they count as positive")
     return Annotations(
         kind="openimages",
@@ -96,8 +97,8 @@ def _classes(sources: Sources, file: str) -> tuple[list[str], list[str]]:
             raise AnnotationError(f"{where}: got {shown(row)}, expected a machine name like /m/014j1m and a name.")
         mids.append(row[0])
         names.append(row[1])
-    repeated = {name for name in set(names) if names.count(name) > 1} if len(set(names)) < len(names) else set()
-    return mids, [f"{name} ({mid})" if name in repeated else name for mid, name in zip(mids, names, strict=True)]
+    times = Counter(names)
+    return mids, [f"{name} ({mid})" if times[name] > 1 else name for mid, name in zip(mids, names, strict=True)]
 
 
 def _rows(sources: Sources, file: str, mids: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
@@ -266,10 +267,3 @@ def _expanded(
         all_labels.append(added.indices)
         all_values.append(np.full(len(added.indices), value))
     return np.concatenate(images), np.concatenate(all_labels), np.concatenate(all_values)
-
-
-def _without(lists: LabelLists, stronger: LabelLists, num_classes: int) -> tuple[LabelLists, int]:
-    codes, strong = (part.images() * num_classes + part.indices for part in (lists, stronger))
-    keep = ~np.isin(codes, strong, assume_unique=True)
-    images, classes = lists.images()[keep], lists.indices[keep]
-    return LabelLists.from_pairs(images, classes, len(lists), num_classes), int((~keep).sum())

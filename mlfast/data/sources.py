@@ -190,7 +190,10 @@ def _mark(path: Path, how: str) -> str:
                 return f"content:{_digest(iter(lambda: file.read(_BLOCK_BYTES), b''))}"
         if how == "names":
             return _mark_of(_entries(path))
-        return ":".join(["stamp", *map(str, stamp(path))]) if how == "stamp" else "there" if path.stat() else _ABSENT
+        if how == "stamp":
+            return ":".join(["stamp", *map(str, stamp(path))])
+        path.stat()
+        return "there"
     except OSError:
         return _ABSENT
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from mlfast.cli.train import read_settings, with_config_option
 from mlfast.data.arguments import either_dash, names_of
+from mlfast.cli.train import read_settings, with_config_option
 
 
 def main(argv: list[str]) -> int:
@@ -30,8 +31,6 @@ def main(argv: list[str]) -> int:
     for name, value in (("trials", options.trials), ("trial_epochs", options.trial_epochs)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
-    if options.low and options.high and not 0 < options.low < options.high:
-        raise ValueError(f"low: got {options.low:g} with high {options.high:g}, expected 0 < low < high")
     _search(options, read_settings(with_config_option(others)))
     return 0
 
@@ -45,16 +44,17 @@ def _search(options: argparse.Namespace, settings: dict[str, object]) -> None:
     found: RangeTest | TrialSearch
     with tempfile.TemporaryDirectory() as folder:
         config = replace(TrainConfig.from_dict(settings), runs_dir=folder, name="search")
-        trainer = create_trainer(config, Path(folder) / "search", ONE_PROCESS, quiet=True)
-        if options.mode == "range":
-            found = range_test(trainer, options.low, options.high)
-            if found.still_falls:
-                print(f"the loss still falls at the highest rate, {found.rates[-1]:.3g}; a higher --high may find more")
-        else:
-            found = tpe_search(trainer, options.trials, options.trial_epochs, options.low, options.high)
-            print("      lr  mAP after each epoch")
-            for trial in found.trials:
-                scores = "  ".join(f"{100 * score:5.1f}" for score in trial.scores)
-                print(f"{trial.lr:8.4g}  {scores}{'  pruned' if trial.pruned else ''}")
+        with closing(create_trainer(config, Path(folder) / "search", ONE_PROCESS, quiet=True)) as trainer:
+            if options.mode == "range":
+                found = range_test(trainer, options.low, options.high)
+            else:
+                found = tpe_search(trainer, options.trials, options.trial_epochs, options.low, options.high)
+    if isinstance(found, TrialSearch):
+        print("      lr  mAP after each epoch")
+        for trial in found.trials:
+            scores = "  ".join(f"{100 * score:5.1f}" for score in trial.scores)
+            print(f"{trial.lr:8.4g}  {scores}{'  pruned' if trial.pruned else ''}")
+    elif found.still_falls:
+        print(f"the loss still falls at the highest rate, {found.rates[-1]:.3g}; a higher --high may find more")
     found.draw(Path(options.picture))
     print(f"picture: {options.picture}\nlr: {found.lr:.3g}")

@@ -51,8 +51,7 @@ class History:
 
     def append(self, record: Record) -> None:
         """Add an epoch, in memory and on disk."""
-        record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for key, value in record.items()}  # fmt: skip
+        record = {key: _finite(value) for key, value in record.items()}
         self.records.append(record)
         if not self.writes:
             return
@@ -70,6 +69,11 @@ class History:
         """Draw loss and mAP over the epochs into a PNG file."""
         with atomic_write(path) as file:
             file.write(png(curves(self.records)))
+
+
+def _finite(value: Any) -> Any:
+    """None for NaN and infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tensorboard_writer(folder: Path) -> Any:
@@ -118,5 +122,11 @@ def _mark_best(axes: Any, records: list[Record], prefix: str) -> None:
     points = [(record[key], record["epoch"]) for record in records for key in keys if record.get(key)]
     if points:
         value, epoch = max(points)
-        axes.annotate(f"best {100 * value:.1f}", (epoch, 100 * value), xytext=(0, -22), textcoords="offset points",
-                      ha="right", arrowprops={"arrowstyle": "-", "color": GREY})  # fmt: skip
+        axes.annotate(
+            f"best {100 * value:.1f}",
+            (epoch, 100 * value),
+            xytext=(0, -22),
+            textcoords="offset points",
+            ha="right",
+            arrowprops={"arrowstyle": "-", "color": GREY},
+        )

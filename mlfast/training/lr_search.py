@@ -151,10 +151,10 @@ def range_test(trainer: Trainer, low: float | None = None, high: float | None = 
         low, high: the first and last rate; by default `search_range`, widened tenfold below and three times above.
 
     Raises:
-        ValueError: a loss that is not finite from the start.
+        ValueError: a loss that is not finite from the start, or rates that are no range.
     """
     below, above = search_range(trainer.config)
-    first, last = low or below / 10, high or above * 3
+    first, last = _checked_range(low, high, (below / 10, above * 3))
     rates: list[float] = []
     losses: list[float] = []
     smoothed: list[float] = []
@@ -176,7 +176,15 @@ def range_test(trainer: Trainer, low: float | None = None, high: float | None = 
             smoothed.append(value)
     if len(rates) < 3:
         raise ValueError(f"the loss diverged by a learning rate of {first:g}; start lower")
-    return RangeTest(max(tenth_of_lowest(rates, smoothed), low or below), rates, losses, smoothed)
+    return RangeTest(max(tenth_of_lowest(rates, smoothed), below if low is None else low), rates, losses, smoothed)
+
+
+def _checked_range(low: float | None, high: float | None, default: tuple[float, float]) -> tuple[float, float]:
+    """The range that is given, each end by default that of another one."""
+    low, high = default[0] if low is None else low, default[1] if high is None else high
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"low: got {low:g} with high {high:g}, expected 0 < low < high")
+    return low, high
 
 
 def _batches(trainer: Trainer, count: int) -> Iterator[Batch]:
@@ -208,11 +216,10 @@ def tpe_search(
 
     Raises:
         ModuleNotFoundError: optuna, of the ``tune`` extra, is not installed.
-        ValueError: no rate in the range trains without diverging.
+        ValueError: no rate in the range trains without diverging, or the rates are no range.
     """
     optuna = _optuna()
-    below, above = search_range(trainer.config)
-    low, high = low or below, high or above
+    low, high = _checked_range(low, high, search_range(trainer.config))
     tried: list[Trial] = []
 
     def run(trial: Any) -> float:

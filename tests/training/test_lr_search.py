@@ -84,6 +84,15 @@ def test_range_test_takes_100_steps_of_any_data_and_stays_in_the_range(trainer):
     assert len(found.rates) == 100 and found.rates[-1] == pytest.approx(3) and found.lr == 0.4
 
 
+@pytest.mark.parametrize("search", [range_test, tpe_search])
+def test_rates_that_are_no_range(trainer, search):
+    pytest.importorskip("optuna")
+    run = trainer()
+    for low, high in ((0.0, None), (-1.0, 1.0), (2.0, 1.0), (99.0, None), (None, math.inf)):
+        with pytest.raises(ValueError, match="expected 0 < low < high"):
+            search(run, low=low, high=high)
+
+
 def test_a_loss_that_still_falls_is_told():
     assert RangeTest(0.1, [0.5, 1], [2, 1], [2, 1]).still_falls
     assert not RangeTest(0.1, [0.5, 1], [1, 2], [1, 2]).still_falls

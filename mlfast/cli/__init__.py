@@ -1,4 +1,7 @@
-"""The ``mlfast`` command: one file a command, each with ``main(argv) -> exit status``; `data_choice` is shared."""
+"""The ``mlfast`` command: one file a command, each with ``main(argv) -> exit status``.
+
+`arguments` and `data_choice` are shared; `data_check`, `data_split` and `bench_deployed` are parts of a command.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from mlfast.data.arguments import either_dash, names_of
+from mlfast.cli.arguments import either_dash, names_of
 
 
 def main(argv: list[str]) -> int:

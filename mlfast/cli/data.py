@@ -11,9 +11,9 @@ mlfast data check --help explains the first, mlfast data split --help the second
 
 def main(argv: list[str]) -> int:
     """Check or divide a data set."""
-    from mlfast.data import check, split
+    from mlfast.cli import data_check, data_split
 
-    commands = {"check": check.main, "split": split.main}
+    commands = {"check": data_check.main, "split": data_split.main}
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     if not argv or argv[0] not in ("-h", "--help"):

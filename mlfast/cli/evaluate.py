@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlfast.cli.arguments import either_dash, names_of
 from mlfast.cli.data_choice import DataChoice, add_data_options, chosen_data
-from mlfast.data.arguments import either_dash, names_of
 
 if TYPE_CHECKING:
     import numpy as np

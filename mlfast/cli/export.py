@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mlfast.cli.arguments import either_dash, names_of
 from mlfast.cli.data_choice import add_data_options, chosen_data
-from mlfast.data.arguments import either_dash, names_of
 
 _EXAMPLES = """\
 examples:

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from mlfast.data.arguments import either_dash, names_of
+from mlfast.cli.arguments import either_dash, names_of
 from mlfast.cli.train import read_settings, with_config_option
 
 

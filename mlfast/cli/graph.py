@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Print and draw the label graph of a data set."""
-    from mlfast.data.arguments import parse
+    from mlfast.cli.arguments import parse
     from mlfast.models import conditional_probabilities, create_label_graph
 
     options, of_reader = parse(_parser(), argv)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mlfast.data.arguments import either_dash, names_of
+from mlfast.cli.arguments import either_dash, names_of
 
 _DEFAULTS: dict[str, Any] = {
     "backbone": "tf_efficientnetv2_s.in21k",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlfast.cli import FAILED
-from mlfast.data.arguments import either_dash, names_of
+from mlfast.cli.arguments import either_dash, names_of
 
 if TYPE_CHECKING:
     from mlfast.deploy import Prediction, Predictor
@@ -59,7 +59,7 @@ def _results(predictor: Predictor, files: list[str], failures: list[str]) -> _Na
     """File and prediction of what can be read; the rest is named on the terminal."""
     from tqdm import tqdm
 
-    from mlfast.deploy.predictor import ImageError
+    from mlfast.data.images import ImageError
 
     bar = tqdm(predictor.stream(files), total=len(files), unit="image", leave=False, disable=None)
     for file, result in zip(files, bar, strict=True):

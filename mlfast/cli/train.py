@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mlfast.cli import FAILED, INTERRUPTED
-from mlfast.data.arguments import either_dash, names_of
+from mlfast.cli.arguments import either_dash, names_of
 
 _TRAIN_USAGE = "mlfast train [CONFIG.yaml | RECIPE] [--KEY VALUE ...]\n       mlfast train --resume RUN_DIR"
 _TRAIN_TEXT = """\

@@ -6,8 +6,12 @@ one, whatever no list names is unknown.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mlfast.data.annotations import AnnotationError, Annotations
 from mlfast.data.collector import Collector, OnUnknownLabel, Unlabelled, checked_classes
@@ -57,6 +61,27 @@ def read(
     if repeated:
         collector.notes.append(f"{repeated} times an image lists a label again; it counts once")
     return collector.build("json", split, sources, rest="unknown" if partial else "negative", unlabelled=unlabelled)
+
+
+def write(annotations: Annotations, path: Path) -> None:
+    """Write the labels of a split as `read` takes them; known negatives are listed where anything is unknown.
+
+    Raises:
+        FileExistsError: there is such a file.
+    """
+    partial = annotations.rest == "unknown" or annotations.unknown is not None
+    images: list[list[Any]] = []
+    for row, name in enumerate(annotations.paths):
+        entry = [name, _names(annotations, annotations.positive[row])]
+        if partial:
+            entry.append(_names(annotations, np.flatnonzero(annotations.targets(row) == 0)))
+        images.append(entry)
+    with open(path, "x", encoding="utf-8") as file:
+        json.dump({"classes": list(annotations.classes), "images": images}, file, ensure_ascii=False)
+
+
+def _names(annotations: Annotations, classes: np.ndarray) -> list[str]:
+    return [annotations.classes[number] for number in classes.tolist()]
 
 
 def _entry(entry: Any, where: str) -> tuple[str, list[str], list[str]]:

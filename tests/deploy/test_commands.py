@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mlfast import cli
-from mlfast.data.arguments import either_dash
+from mlfast.cli.arguments import either_dash
 from mlfast.deploy import Predictor
 
 

@@ -1,4 +1,4 @@
-"""The options of a format on the command line, read off its reader."""
+"""Options on the command line: spelled with either dash, and those of a data format, read off its reader."""
 
 from __future__ import annotations
 

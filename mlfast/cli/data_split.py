@@ -1,33 +1,21 @@
-"""`mlfast data split`: divides a data set of files, and writes one list of kind "json" for every part."""
+"""``mlfast data split``: divides a data set of files, and writes one list of kind "json" for every part."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mlfast.data.annotations import Annotations
-from mlfast.data.arguments import parse
+from mlfast.cli.arguments import parse
+from mlfast.data import json_file
 from mlfast.data.loading import READERS, load_annotations
 from mlfast.data.stratify import stratified_split
 
-_FINE, _WRONG_USE = 0, 2
-
 
 def main(argv: Sequence[str]) -> int:
-    """Run `mlfast data split`; returns the exit status: 0 done, 2 wrong use or unreadable labels."""
-    arguments, options = parse(_parser(), argv)
-    try:
-        _split(arguments, options)
-    except (ValueError, ModuleNotFoundError, OSError) as error:
-        print(f"mlfast data: {error}", file=sys.stderr)
-        return _WRONG_USE
-    return _FINE
+    """Divide a data set."""
+    _split(*parse(_parser(), argv))
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,7 +56,7 @@ def _split(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         raise ValueError(f"--into: {there[0]} exists already and is not written over; take another name or remove it.")
     parts = stratified_split(annotations, list(shares.values()), arguments.seed)
     for part, path in zip(parts, paths, strict=True):
-        write_json(part, path)
+        json_file.write(part, path)
         print(f"{path}: {len(part)} images, {part.statistics().labels_per_image:.3f} labels per image")
     print(f"read them with: mlfast data check json {arguments.root} --split {' '.join(shares)}")
 
@@ -86,20 +74,3 @@ def _shares(texts: Sequence[str]) -> dict[str, float]:
     if len(shares) < len(texts):
         raise ValueError(f"--into: got {' '.join(texts)}, expected every name once.")
     return shares
-
-
-def write_json(annotations: Annotations, path: Path) -> None:
-    """Write the labels as kind "json" reads them; known negatives are listed where anything is unknown."""
-    partial = annotations.rest == "unknown" or annotations.unknown is not None
-    images: list[list[Any]] = []
-    for row, name in enumerate(annotations.paths):
-        entry = [name, _names(annotations, annotations.positive[row])]
-        if partial:
-            entry.append(_names(annotations, np.flatnonzero(annotations.targets(row) == 0)))
-        images.append(entry)
-    with open(path, "x", encoding="utf-8") as file:
-        json.dump({"classes": list(annotations.classes), "images": images}, file, ensure_ascii=False)
-
-
-def _names(annotations: Annotations, classes: np.ndarray) -> list[str]:
-    return [annotations.classes[number] for number in classes.tolist()]

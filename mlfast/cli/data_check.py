@@ -1,4 +1,4 @@
-"""`mlfast data check`: what is in a data set, and what is wrong with it."""
+"""``mlfast data check``: what is in a data set, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from mlfast.cli import FAILED, USER_ERROR
+from mlfast.cli.arguments import parse
 from mlfast.data.annotations import AnnotationError, Annotations
-from mlfast.data.arguments import parse
-from mlfast.data.dataset import BrokenImagesError, ImageDataset
+from mlfast.data.dataset import ImageDataset
 from mlfast.data.loading import KINDS, load_annotations, reader
 from mlfast.data.problems import names, problems_of, strays_of
 from mlfast.data.shards import shard_order
@@ -22,20 +23,14 @@ from mlfast.data.sources import Sources
 from mlfast.data.statistics import Statistics
 from mlfast.data.stream import ShardImages
 
-_FINE, _PROBLEMS, _WRONG_USE = 0, 1, 2
 _CLASSES_SHOWN = 8
 _WARM_UP_IMAGES, _SPEED_IMAGES = 8, 256
 _COLUMNS = ("split", "images", "classes", "labels/image", "unlabelled", "unknown", "neg./pos.", "mean imbalance")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `mlfast data check`; returns the exit status: 0 fine, 1 problems, 2 wrong use or unreadable labels."""
-    arguments, options = parse(_parser(), argv)
-    try:
-        return _check(arguments, options)
-    except (ValueError, ModuleNotFoundError, BrokenImagesError) as error:
-        print(f"mlfast data: {error}", file=sys.stderr)
-        return _WRONG_USE
+    """Show what is there; the exit status is 0 if it is fine, 1 if there are problems, 2 if labels cannot be read."""
+    return _check(*parse(_parser(), argv))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,13 +60,13 @@ def _check(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
     splits = arguments.split or default or reader(kind).splits(Sources(root), **options)
     if not splits:
         raise ValueError(f"{root} holds nothing that looks like a split of kind {kind}; see docs/data.md.")
-    loaded, status = [], _FINE
+    loaded, status = [], 0
     for split in splits:
         try:
             loaded.append(load_annotations(kind, root, split, cache_dir=arguments.cache_dir, **options))
         except AnnotationError as error:
             print(f"mlfast data: {split}: {error}", file=sys.stderr)
-            status = _WRONG_USE
+            status = USER_ERROR
     if not loaded:
         return status
     print(f"{kind}, {root or 'built in'}")
@@ -93,7 +88,7 @@ def _check(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
             print(_speed(part, arguments.size))
     if not problems and not status:
         print("no problems found" + ("" if arguments.decode else "; --decode looks into the images too"))
-    return status or (_PROBLEMS if problems else _FINE)
+    return status or (FAILED if problems else 0)
 
 
 def _row(split: str, s: Statistics) -> tuple[str, ...]:

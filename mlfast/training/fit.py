@@ -69,24 +69,18 @@ def fit(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Ru
     if resume and config.name is None:
         raise ConfigError(["name: got nothing, expected the name of the run that resume is about"])
     with joined_processes(config.device) as processes:
-        is_first_run = not Path(config.runs_dir).exists()
+        runs_dir = Path(config.runs_dir)
+        had_runs = runs_dir.exists()
         if resume:
-            run_dir = Path(config.runs_dir) / str(config.name)
+            run_dir = runs_dir / str(config.name)
+            if (run_dir / "state.pt").exists():
+                _check_same_settings(config, _saved_settings(run_dir), f"{run_dir / 'config.yaml'} (or another name)")
+                return _continue(config, run_dir, processes, quiet)
         else:
             run_dir = processes.gather(_new_run_dir(config) if config.name or processes.is_first else Path())[0]
-        if resume and (run_dir / "state.pt").exists():
-            _check_same_settings(config, _saved_settings(run_dir), f"{run_dir / 'config.yaml'} (or another name)")
-            return _continue(config, run_dir, processes, quiet)
         config = replace(config, name=run_dir.name)
-        try:
-            with _reproducible(config):
-                return _run(create_trainer(config, run_dir, processes, quiet))
-        except BaseException:
-            with suppress(OSError):  # not empty: something has begun
-                run_dir.rmdir()
-                if is_first_run:
-                    run_dir.parent.rmdir()
-            raise
+        with _empty_folders_removed([run_dir] if had_runs else [run_dir, runs_dir]), _reproducible(config):
+            return _run(create_trainer(config, run_dir, processes, quiet))
 
 
 def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
@@ -280,6 +274,18 @@ def _has_begun(run_dir: Path) -> bool:
         return False
     except NotADirectoryError:
         return True
+
+
+@contextmanager
+def _empty_folders_removed(folders: Sequence[Path]) -> Iterator[None]:
+    """Take these back, inner ones first, if the run fails before it has written anything."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # not empty: something has begun
+            for folder in folders:
+                folder.rmdir()
+        raise
 
 
 @contextmanager

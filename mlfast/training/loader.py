@@ -211,11 +211,15 @@ def _signals_held_back(loader: DataLoader[Any]) -> Iterator[None]:
 _LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM)
 
 
+def _end_at_the_next(number: int, _frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)
+
+
 def _leave_signals_to_the_parent(_worker: int) -> None:
     """Ctrl-C and a batch system's SIGTERM reach the workers too, but the parent's present step needs their batches.
 
     A second SIGTERM ends a worker: the parent sends it to one that does not stop on request.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL) and None)
+    signal.signal(signal.SIGTERM, _end_at_the_next)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_THE_PARENT)

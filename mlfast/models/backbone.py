@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlfast.models.errors import first_line
 from mlfast.torchvision_compat import import_torchvision
 
 
@@ -34,7 +35,7 @@ def create_backbone(name: str, *, pretrained: bool, image_size: int | None, argu
         if not pretrained:
             raise
         raise OSError(
-            f"the published weights of backbone {name!r} could not be read: {str(error).splitlines()[0]}\nWithout a "
+            f"the published weights of backbone {name!r} could not be read: {first_line(error)}\nWithout a "
             "network, copy the cache of Hugging Face (HF_HOME) from a machine that has them; or pass a file, in Python "
             "pretrained_cfg_overlay={'file': 'model.safetensors'}, in mlfast train --backbone_args "
             "'{pretrained_cfg_overlay: {file: model.safetensors}}'; or start from random weights, in Python "

@@ -15,6 +15,7 @@ import torch
 
 from mlfast.models import MultilabelClassifier
 from mlfast.models.checkpoint import FORMAT, CheckpointError, atomic_write
+from mlfast.models.errors import first_line
 from mlfast.training.config import TrainConfig
 
 
@@ -84,12 +85,8 @@ def load_state(path: Path) -> dict[str, Any]:
         last = path.parent / "last"
         begin = f", with --weights {last} to begin from its weights" if last.exists() else ""
         raise CheckpointError(
-            f"{path} is damaged, so this run cannot go on ({_first_line(error)}); start another --name{begin}"
+            f"{path} is damaged, so this run cannot go on ({first_line(error)}); start another --name{begin}"
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} is not the state of a run: it holds a {type(state).__name__}; start a new run")
     return state
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mlfast.models.checkpoint import CheckpointError, write_text
+from mlfast.models.errors import first_line
 from mlfast.training.config import TrainConfig
 from mlfast.training.data_settings import HELD_OUT_FILE
 from mlfast.training.distributed import Processes, joined_processes
@@ -236,8 +237,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise ConfigError([f"device: got {name!r}, which torch cannot use here ({reason})"]) from error
+        raise ConfigError([f"device: got {name!r}, which torch cannot use here ({first_line(error)})"]) from error
     return device
 
 

@@ -19,6 +19,7 @@ from mlfast.evaluation import Predictions
 from mlfast.evaluation.metrics import SCORES
 from mlfast.models import MultilabelClassifier
 from mlfast.models.checkpoint import CheckpointError, save_model
+from mlfast.models.errors import first_line
 from mlfast.training.bad_step import RecentSteps
 from mlfast.training.batches import Batch, Batches
 from mlfast.training.checkpoint import check_classes, save_state
@@ -314,8 +315,7 @@ class Trainer:
         except CheckpointError:
             raise
         except Exception as error:  # every part of the state has its own way to say so
-            told = str(error).partition("\n")[0] or type(error).__name__
-            reason = f"it has no {error}" if isinstance(error, KeyError) else told
+            reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
             raise CheckpointError(
                 f"{self.run_dir / 'state.pt'} is not a state that this version can continue from: {reason}; start a "
                 "new run, or continue with the version that wrote it"

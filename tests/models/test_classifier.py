@@ -127,6 +127,15 @@ def test_pretrained_without_a_network_names_the_remedy(monkeypatch, tmp_path):
         create_model("test_resnet.r160_in1k", 3, pretrained=True)
 
 
+def test_pretrained_weights_that_fail_without_a_word_name_the_kind_of_failure(monkeypatch):
+    def no_answer(*_args, **_kwargs):
+        raise TimeoutError
+
+    monkeypatch.setattr("timm.create_model", no_answer)
+    with pytest.raises(OSError, match="could not be read: TimeoutError\n"):
+        create_model("test_resnet.r160_in1k", 3, pretrained=True)
+
+
 def test_pretrained_weights_from_a_file(tmp_path):
     torch.manual_seed(0)
     published = create_model("test_resnet", 3).backbone.state_dict()

@@ -5,7 +5,7 @@ import torch
 
 from mlfast.training import ConfigError, TrainConfig, fit
 from mlfast.training.data import create_data
-from tests.training.test_fit import assert_same, final_state
+from tests.training.runs import assert_same, final_state
 
 CPU = torch.device("cpu")
 

@@ -28,7 +28,7 @@ from mlfast.training.config import field_types
 from mlfast.training.data import create_data
 from mlfast.training.data_settings import DEFAULT_SPLITS
 from mlfast.training.loader import LoaderBatches
-from tests.training.test_fit import assert_same, at_step, final_state, untimed
+from tests.training.runs import assert_same, at_step, final_state, untimed
 
 CPU = torch.device("cpu")
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
@@ -174,8 +174,10 @@ def test_the_rest_may_be_unknown(on_files, tmp_path):
     (tmp_path / "partial").mkdir()
     root = tmp_path / "partial"
     with open(root / "labels.json", "w") as file:
-        rows = [[f"{number}.jpg", ["red"], ["blue"]] if number % 2 else [f"{number}.jpg", ["green", "blue"], []]
-                for number in range(16)]  # fmt: skip
+        rows = [
+            [f"{number}.jpg", ["red"], ["blue"]] if number % 2 else [f"{number}.jpg", ["green", "blue"], []]
+            for number in range(16)
+        ]
         file.write(json.dumps({"classes": sorted(COLOURS), "images": rows}))
     for number in range(16):
         draw(root / f"{number}.jpg", ["red"], np.random.default_rng(number))

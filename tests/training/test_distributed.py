@@ -15,7 +15,7 @@ from mlfast.data.digits import DigitScenes
 from mlfast.training import CheckpointError, ConfigError, TrainConfig, fit, load_model, resume
 from mlfast.training.distributed import Processes, joined_processes
 from mlfast.training.optimization import create_loss
-from tests.training.test_fit import final_state, untimed
+from tests.training.runs import final_state, untimed
 
 # Batch norm would see half a batch in each process, and random depth another one.
 SETTINGS = {"backbone_args": {"norm_layer": "layernorm2d"}, "epochs": 2, "lr": 0.05}

@@ -25,50 +25,7 @@ from mlfast.training import (
 )
 from mlfast.training.fit import _new_run_dir
 from mlfast.training.trainer import Trainer
-
-TIMES = {"seconds", "images_per_second", "data_seconds", "compute_seconds"}
-
-
-def final_state(run_dir):
-    return torch.load(run_dir / "state.pt", weights_only=True)
-
-
-def assert_same(first, second):
-    """Equality of nested state, of tensors bit by bit."""
-    if isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_same(first[key], second[key])
-    elif isinstance(first, list):
-        assert len(first) == len(second)
-        for pair in zip(first, second, strict=True):
-            assert_same(*pair)
-    elif isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-    else:
-        assert first == second
-
-
-def untimed(history):
-    return [{key: value for key, value in record.items() if key not in TIMES} for record in history]
-
-
-def at_step(monkeypatch, number, action):
-    """Do something after the given step, counted over the whole run."""
-    original, count = Trainer._train_step, 0
-
-    def step(self, batch):
-        nonlocal count
-        original(self, batch)
-        count += 1
-        if count == number:
-            action()
-
-    monkeypatch.setattr(Trainer, "_train_step", step)
-
-
-def fail():
-    raise RuntimeError("power cut")
+from tests.training.runs import assert_same, at_step, fail, final_state, untimed
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -25,7 +25,7 @@ from mlfast.training import (
     resume,
 )
 from mlfast.training.trainer import Trainer
-from tests.training.test_fit import assert_same, at_step, fail, final_state, untimed
+from tests.training.runs import assert_same, at_step, fail, final_state, untimed
 
 
 def run(settings):

@@ -15,8 +15,8 @@ from mlfast.training import ConfigError, Interrupted, fit, resume
 from mlfast.training.batches import ShardRows
 from mlfast.training.data import create_data
 from tests.data.test_webdataset import tar
+from tests.training.runs import assert_same, at_step, final_state, untimed
 from tests.training.test_data import COLOURS, draw
-from tests.training.test_fit import assert_same, at_step, final_state, untimed
 
 CPU = torch.device("cpu")
 

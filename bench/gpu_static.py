@@ -27,7 +27,6 @@ from tests.kernels import compilers
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "bench" / "results" / "static" / "gpu.json"
-TRITON_TARGETS = (compilers.H100, *compilers.OTHER_TARGETS)
 DISASSEMBLED = 90  # instructions are counted for this chip; the others' loops are alike
 
 Kernel = dict[str, Any]
@@ -140,10 +139,11 @@ def with_count(kernel: Kernel, per_thread: int | None, matches: Callable[[Count]
 
 
 def triton_jobs() -> list[Any]:
-    """Every list of jobs in tests/kernels/test_compile_*.py."""
+    """Every job of the lists in tests/kernels/test_compile_*.py, once."""
     stems = sorted(path.stem for path in (ROOT / "tests" / "kernels").glob("test_compile_*.py"))
     found = [value for stem in stems for value in vars(importlib.import_module(f"tests.kernels.{stem}")).values()]
-    return [job for value in found if isinstance(value, list) for job in value if is_job(job)]
+    jobs = (job for value in found if isinstance(value, list) for job in value if is_job(job))
+    return list({json.dumps(job): job for job in jobs}.values())
 
 
 def is_job(value: Any) -> bool:
@@ -153,7 +153,7 @@ def is_job(value: Any) -> bool:
 
 def triton_kernels(folder: Path, cuobjdump: str) -> Iterator[Kernel]:
     jobs = triton_jobs()
-    for target in TRITON_TARGETS:
+    for target in compilers.TARGETS:
         try:
             results = compilers.compile_ahead(jobs, target, folder)
         except subprocess.CalledProcessError as error:
@@ -208,16 +208,18 @@ def figures(arch: int, threads: int, registers: int, spill_bytes: int, shared_by
 
 
 def amd_figures(text: str) -> Kernel:
-    """What LLVM notes in the assembly; the occupancy is in waves per SIMD, of 8."""
+    """What LLVM notes in the assembly; the occupancy is in waves per SIMD, of 8.
+
+    Spilled is what takes memory; scalar registers that are kept in lanes of vector registers do not.
+    """
 
     def noted(key: str) -> int:
         return int(re.search(rf"{key}:?\s+(\d+)", text)[1])
 
-    spilled = noted(r"\.vgpr_spill_count") + noted(r"\.sgpr_spill_count")
     shared = noted(r"\.group_segment_fixed_size")
     return {
         "registers": noted(r"\.vgpr_count"),
-        "spill_bytes": 4 * spilled,
+        "spill_bytes": noted(r"\.private_segment_fixed_size"),
         "shared_bytes": shared,
         "occupancy_percent": round(100 * noted("; Occupancy") / 8),
     }

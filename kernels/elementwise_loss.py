@@ -28,8 +28,6 @@ from mlfast.kernels.elementary import integer_power, log_positive
 BLOCK = 512
 NUM_WARPS = 4
 MAX_PROGRAMS = 1024
-# For float targets a kernel holds two formulas: left to itself, ptxas aims at more threads and spills.
-MAX_REGISTERS = 96
 # A 16-byte header with the ticket, then for every program a float64 loss and an int64 number of known labels.
 WORKSPACE_BYTES = 16 + MAX_PROGRAMS * 16
 
@@ -359,8 +357,10 @@ def launch(
     """
     power_pos, power_neg = powers(numbers.gamma_pos, numbers.gamma_neg)
     n = scores.numel()
-    if target.is_floating_point() and scores.dtype != torch.float64 and torch.version.hip is None:
-        variant["maxnreg"] = MAX_REGISTERS
+    if torch.version.hip is None:
+        real_powers = -1 in (power_pos, power_neg)
+        kind = scores.dtype == torch.float64, target.is_floating_point(), indptr is not None and real_powers
+        variant |= register_limit(*kind)
     with torch.cuda.device_of(scores):
         kernel[(num_programs(n),)](
             scores,
@@ -382,6 +382,15 @@ def launch(
             num_warps=NUM_WARPS,
             **variant,
         )
+
+
+def register_limit(double: bool, soft: bool, sparse_with_real_powers: bool) -> dict[str, int]:
+    """An option of the launch on NVIDIA GPUs where ptxas, left to itself, aims at more threads and spills."""
+    if double:
+        return {"maxnreg": 255}
+    if sparse_with_real_powers:
+        return {"maxnreg": 128}
+    return {"maxnreg": 96} if soft else {}  # soft labels need two formulas
 
 
 def scale_grad(grad: torch.Tensor, factor: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 BLOCK_EDGES = 16
-MOST_FEATURES = 256  # of a tile: with 128 threads and 16 edges 32 elements each
+TILE_BYTES = 1024  # of a neighbour's vector: with 128 threads and 16 edges 32 float32 elements each
 NUM_WARPS = 4
 
 
@@ -238,6 +238,11 @@ def dropping(
     return otherwise if seed is None else seed, int(dropout * 2**32), 1 / (1 - dropout), seed is not None
 
 
+def block_features(value: torch.Tensor) -> int:
+    """Features of a tile; 16-bit values are float32 there."""
+    return min(triton.next_power_of_2(value.shape[2]), TILE_BYTES // max(value.element_size(), 4))
+
+
 def graph_attention(
     value: torch.Tensor,
     score_src: torch.Tensor,
@@ -252,7 +257,7 @@ def graph_attention(
     nodes, heads, features = value.shape
     indptr, indices = edges[:2]
     seed, threshold, scale, drops = dropping(numbers[1], seed, indptr)
-    block = min(triton.next_power_of_2(features), MOST_FEATURES)
+    block = block_features(value)
     with torch.cuda.device_of(value):
         graph_attention_kernel[(nodes * heads, triton.cdiv(features, block))](
             value,
@@ -316,7 +321,7 @@ def graph_attention_backward(
             scale,
             DROPS=drops,
             BLOCK_EDGES=BLOCK_EDGES,
-            BLOCK_FEATURES=min(triton.next_power_of_2(features), MOST_FEATURES),
+            BLOCK_FEATURES=block_features(value),
             num_warps=NUM_WARPS,
         )
         grad_logits_kernel[grid](

@@ -228,7 +228,7 @@ def options(sizes: Sizes, x: torch.Tensor, weight: torch.Tensor) -> dict[str, ob
         "PRECISION": "tf32" if tf32 else "ieee",
         "BLOCK_ROWS": 16,
         "BLOCK_SLOTS": 1 if slots == 1 else min(max(triton.next_power_of_2(slots), 16), 32),
-        "BLOCK_FEATURES": 128 if slots == 1 else 64 if tf32 else 32,
+        "BLOCK_FEATURES": 128 if slots == 1 else 16 if double else 64 if tf32 else 32,  # as registers allow
         "num_warps": NUM_WARPS,
     }
 

@@ -14,6 +14,7 @@ import triton.language as tl
 # Elements of a program's tile: with 128 threads sixteen each, of which a sum, a maximum and its position are kept.
 TILE = 2048
 NUM_WARPS = 4
+NUM_WARPS_FLOAT64 = 8  # with four, ptxas spills
 # In channels_last a tile is 64 channels wide: 128 bytes or more of neighbours in memory.
 CHANNELS_IN_CHANNELS_LAST = 64
 BLOCK_WEIGHT = 128
@@ -188,7 +189,7 @@ def reweight_pool(
             NEEDS_GRAD=argmax.numel() > 0,
             BLOCK_CHANNELS=block_channels,
             BLOCK_POSITIONS=block_positions,
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS_FLOAT64 if features.dtype == torch.float64 else NUM_WARPS,
         )
 
 

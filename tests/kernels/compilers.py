@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 H100 = ("cuda", 90, 32)
 OTHER_TARGETS = (("cuda", 80, 32), ("cuda", 100, 32), ("hip", "gfx942", 64))
+TARGETS = (H100, *OTHER_TARGETS)
 NO_COMPILER = "0 compatible backends"  # Triton's words for a target that this build does not know
 
 # Each target gets a process of its own: this one may interpret Triton kernels, and whoever interprets cannot compile.
@@ -21,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from mlfast.kernels import elementwise_loss as frame
 
-def compile(module, kernel, signature, constants, two_formulas, target):
+def compile(module, kernel, signature, constants, limit, target):
     module = importlib.import_module("mlfast.kernels." + module)
     kernel = getattr(module, kernel)
     signature = {**signature, **dict.fromkeys(constants, "constexpr")}
@@ -35,8 +36,10 @@ def compile(module, kernel, signature, constants, two_formulas, target):
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": getattr(module, "NUM_WARPS", frame.NUM_WARPS)}
-    if two_formulas and target[0] == "cuda":
-        options["maxnreg"] = frame.MAX_REGISTERS
+    if kernel.__name__ == "reweight_pool_kernel" and signature["features"] == "*fp64":
+        options["num_warps"] = module.NUM_WARPS_FLOAT64
+    if limit and target[0] == "cuda":
+        options |= frame.register_limit(*limit)
     compiled = triton.compile(source, target=GPUTarget(*target), options=options)
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     usage = ""
@@ -74,7 +77,8 @@ def assert_no_spills(jobs, compile_triton, target):
             used = resources(result["usage"])
             assert used["STACK"] == used["LOCAL"] == 0, (job, used)
         else:
-            assert set(re.findall(r"spill_count:\s*(\d+)", result["text"])) == {"0"}, job
+            # Scalar registers may be kept in lanes of vector registers, which costs no memory.
+            assert set(re.findall(r"private_segment_fixed_size:?\s+(\d+)", result["text"])) == {"0"}, job
 
 
 NVCC_FLAGS = ("-std=c++17", "-O3", "-prec-div=false", "-Xptxas", "-v", "-Werror", "all-warnings")

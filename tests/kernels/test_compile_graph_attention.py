@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.kernels.compilers import H100, OTHER_TARGETS, assert_no_spills
+from tests.kernels.compilers import TARGETS, assert_no_spills
 
 NUMBERS = {"negative_slope": "fp64", "threshold": "i64", "scale": "fp64"}
 SIZES = dict.fromkeys(("nodes", "heads", "features"), "i32")
@@ -18,7 +18,8 @@ def jobs(value, computing, drops):
     scores = pointers(computing, "score_src", "score_dst")
     rows = {"indptr": "*i64", "indices": "*i32"}
     transpose = {"indptr_t": "*i64", "indices_t": "*i32", "edges_t": "*i64"}
-    tile, seed = {"DROPS": drops, "BLOCK_EDGES": 16, "BLOCK_FEATURES": 256}, {"seed": "*i64"}
+    features = 128 if value == "fp64" else 256
+    tile, seed = {"DROPS": drops, "BLOCK_EDGES": 16, "BLOCK_FEATURES": features}, {"seed": "*i64"}
     forward = scores | rows | seed | pointers(value, "value", "out") | pointers(computing, "statistics")
     backward = scores | transpose | seed | pointers(value, "value", "grad_out", "grad_value")
     backward |= pointers(computing, "statistics", "grad_weights")
@@ -69,22 +70,13 @@ def complete_attention_jobs(value):
 
 
 COMPLETE = "graph_attention_complete"
-COMPLETE_JOBS = [job for value in ("fp32", "bf16") for job in complete_attention_jobs(value)]
+COMPLETE_JOBS = [job for value in ("fp32", "bf16", "fp64") for job in complete_attention_jobs(value)]
 # Values of 16 bits reach two kernels of the sparse route; the dense one computes in float32 all the same.
 GRAPH_JOBS = [*jobs("fp32", "fp32", True), *jobs("bf16", "fp32", False)[:2]]
 DOUBLE_JOBS = jobs("fp64", "fp64", True)
-ONE_OF_EACH_ROUTE = [*GRAPH_JOBS[:2], GRAPH_JOBS[4], *COMPLETE_JOBS[2:4]]
+EVERY_JOB = [*GRAPH_JOBS, *DOUBLE_JOBS, *COMPLETE_JOBS]
 
 
-def test_kernels_do_not_spill(compile_triton):
-    assert_no_spills([*GRAPH_JOBS, *COMPLETE_JOBS], compile_triton, H100)
-
-
-def test_kernels_compile_for_float64(compile_triton):
-    assert len(compile_triton(DOUBLE_JOBS, H100)) == len(DOUBLE_JOBS)
-
-
-@pytest.mark.parametrize("target", OTHER_TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
-def test_other_targets(compile_triton, target):
-    # The sparse kernels spill scalar registers on gfx942, as docs/graph_attention.md says.
-    assert_no_spills(ONE_OF_EACH_ROUTE if target[0] == "cuda" else ONE_OF_EACH_ROUTE[2:], compile_triton, target)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
+def test_kernels_do_not_spill(compile_triton, target):
+    assert_no_spills(EVERY_JOB, compile_triton, target)

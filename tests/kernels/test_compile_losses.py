@@ -4,14 +4,14 @@ import re
 
 import pytest
 
-from tests.kernels.compilers import H100, OTHER_TARGETS, assert_no_spills, resources
+from tests.kernels.compilers import H100, TARGETS, assert_no_spills, resources
 
 
 def loss_job(
     op, scores="bf16", target="i8", weighted=False, grad=True, mean=False, elementwise=False,
     powers=(0, 1), smoothed=False, sparse=False, **variant,
 ):  # fmt: skip
-    """With what the launcher specialises the kernel of a loss, and whether the kernel holds two formulas."""
+    """With what the launcher specialises the kernel of a loss, and by what it limits registers."""
     computing = "fp64" if scores == "fp64" else "fp32"
     optional = {
         "indptr": (sparse, "i64"),
@@ -26,8 +26,8 @@ def loss_job(
     constants = {name: None for name, (present, _) in optional.items() if not present}
     constants |= {"ELEMENTWISE": elementwise, "SMOOTHED": smoothed, "POWER_POS": powers[0], "POWER_NEG": powers[1]}
     constants |= VARIANT[op] | variant | {"MAX_PROGRAMS": 1024, "BLOCK": 512}
-    two_formulas = target[0] in "fb" and scores != "fp64"
-    return op, f"{op}_kernel", signature, constants, two_formulas
+    limit = scores == "fp64", target[0] in "fb", sparse and -1 in powers
+    return op, f"{op}_kernel", signature, constants, limit
 
 
 def scale_grad_job(grad):
@@ -58,16 +58,22 @@ VARIANTS = [
     loss_job(AAM, "bf16", "i32", sparse=True, mean=True),
     loss_job(ASL, "fp32", "i64", sparse=True, weighted=True, mean=True, powers=REAL),
     loss_job(AAM, "fp32", "i32", sparse=True, smoothed=True),
+    loss_job(AAM, "fp32", "i64", sparse=True, weighted=True, mean=True, powers=REAL, MARGIN=True, SHIFTED=True),
     *map(scale_grad_job, ("fp32", "bf16", "fp16", "fp64")),
 ]
 
 
-def test_variants_do_not_spill(compile_triton):
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
+def test_variants_do_not_spill(compile_triton, target):
+    assert_no_spills(VARIANTS, compile_triton, target)
+
+
+def test_variants_leave_registers_to_other_programs(compile_triton):
+    """With 96 registers, a fifth of a multiprocessor's serve a program of 128 threads; with 128, a quarter."""
     for job, result in zip(VARIANTS, compile_triton(VARIANTS, H100), strict=True):
-        used = resources(result["usage"])
-        # Spills would be on the stack. With 96 registers, a fifth of an SM's registers serve a program of 128 threads.
-        assert used["STACK"] == used["LOCAL"] == 0, (job, used)
-        assert used["REG"] <= (255 if "*fp64" in job[2].values() else 96), (job, used)
+        if "*fp64" not in job[2].values():
+            most = 128 if job[2].get("indptr") and -1 in (job[3]["POWER_POS"], job[3]["POWER_NEG"]) else 96
+            assert resources(result["usage"])["REG"] <= most, job
 
 
 def test_full_tiles_use_wide_accesses(compile_triton):
@@ -97,8 +103,3 @@ def test_orders_partials_before_the_ticket(compile_triton):
     assert events[ticket - 3 : ticket + 2] == ["st.global.b64"] * 2 + ["bar.sync", events[ticket], "bar.sync"]
     assert "ld.global.cg.b64" not in events[:ticket]
     assert events.count("ld.global.cg.b64") == 16  # 1024 partials of two kinds, 128 threads
-
-
-@pytest.mark.parametrize("target", OTHER_TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
-def test_other_targets(compile_triton, target):
-    assert_no_spills([VARIANTS[1], VARIANTS[7]], compile_triton, target)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.kernels.compilers import H100, OTHER_TARGETS, assert_no_spills
+from tests.kernels.compilers import H100, TARGETS, assert_no_spills
 
 
 def cosine_linear_jobs(real):
@@ -32,7 +32,8 @@ def group_linear_job(kernel, x="fp32", weight="fp32", slots=1, cosine=True, bias
     signature |= {f"{of}_{by}_stride": "i64" for of in ("x", "grad") for by in ("batch", "group")}
     constants = {"COSINE": cosine, "DOUBLE": double, "PRECISION": "tf32" if x == weight == "bf16" else "ieee"}
     constants |= {"BLOCK_ROWS": 16, "BLOCK_SLOTS": min(slots, 32)}
-    constants |= {"BLOCK_FEATURES": 128 if slots == 1 else 64 if constants["PRECISION"] == "tf32" else 32}
+    tile = 16 if double else 64 if constants["PRECISION"] == "tf32" else 32
+    constants |= {"BLOCK_FEATURES": 128 if slots == 1 else tile}
     if not bias and kernel == "group_linear_kernel":
         constants |= {"bias": None, "cosines": None}
     return "group_linear", kernel, signature, constants, False
@@ -71,20 +72,16 @@ def reweight_pool_jobs(features, channels_last=False, needs_grad=True):
 REWEIGHT_POOL = [
     *reweight_pool_jobs("fp32"),
     *reweight_pool_jobs("bf16", channels_last=True),
+    *reweight_pool_jobs("fp64"),
     *reweight_pool_jobs("fp64", channels_last=True),
     next(reweight_pool_jobs("fp16", needs_grad=False)),
 ]
 EVERY_JOB = [*COSINE_LINEAR, *GROUP_LINEAR, *REWEIGHT_POOL]
-ONE_OF_EACH_KERNEL = [*COSINE_LINEAR[:3], *GROUP_LINEAR[6:9], *REWEIGHT_POOL[3:6]]
 
 
-def test_kernels_do_not_spill(compile_triton):
-    assert_no_spills(EVERY_JOB, compile_triton, H100)
-
-
-@pytest.mark.parametrize("target", OTHER_TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
-def test_other_targets(compile_triton, target):
-    assert_no_spills(ONE_OF_EACH_KERNEL, compile_triton, target)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
+def test_kernels_do_not_spill(compile_triton, target):
+    assert_no_spills(EVERY_JOB, compile_triton, target)
 
 
 def test_group_linear_of_16_bits_runs_on_tensor_cores(compile_triton):

@@ -9,6 +9,7 @@ namespace {
 template <bool Shifted>
 struct AamSoft {
   using Soft = AamSoft;
+  static constexpr bool kFewRegisters = false;
   template <typename T>
   static __device__ __forceinline__ LossGrad<T> at(T cos, T y, const AamParams<T>& params) {
     return aam_soft<Shifted>(cos, y, params);
@@ -18,9 +19,10 @@ struct AamSoft {
 template <bool Shifted, bool Margin, int F>
 struct AamHard {
   using Soft = AamSoft<Shifted>;
-  template <typename T>
-  static __device__ __forceinline__ LossGrad<T> at(T cos, T y, const AamParams<T>& params) {
-    const bool positive = y > T(0);
+  static constexpr bool kFewRegisters = !Margin && F != kFocusReal;
+  template <typename T, typename Label>
+  static __device__ __forceinline__ LossGrad<T> at(T cos, Label y, const AamParams<T>& params) {
+    const bool positive = y > Label(0);
     return Shifted ? aam_shifted<Margin, F>(cos, positive, params) : aam_hard<Margin, F>(cos, positive, params);
   }
 };
@@ -34,7 +36,7 @@ struct Aam {
   }
 
   // Variants that would save only a few multiplications share a kernel: gammas of 0 or 1 are served as powers up to 7
-  // (but both 0 without a margin have their own), and real gammas always with a second sigmoid.
+  // (without a margin both have their own), and real gammas always with a second sigmoid.
   template <typename Run>
   void hard(Run run) const {
     const Focus focus = focus_of(o.gamma_pos, o.gamma_neg);
@@ -45,6 +47,7 @@ struct Aam {
       return run(AamHard<true, false, kFocusPower7>());
     }
     if (focus == kFocusNone && !margin) return run(AamHard<false, false, kFocusNone>());
+    if (focus == kFocusPower1 && !margin) return run(AamHard<false, false, kFocusPower1>());  // the paper's setting
     if (focus == kFocusReal) return run(AamHard<false, true, kFocusReal>());
     if (margin) return run(AamHard<false, true, kFocusPower7>());
     run(AamHard<false, false, kFocusPower7>());

@@ -9,6 +9,7 @@ namespace {
 template <bool Clipped, bool Detached>
 struct AslSoft {
   using Soft = AslSoft;
+  static constexpr bool kFewRegisters = false;
   template <typename T>
   static __device__ __forceinline__ LossGrad<T> at(T logit, T y, const AslParams<T>& params) {
     return asl_soft<Clipped, Detached>(logit, y, params);
@@ -18,9 +19,10 @@ struct AslSoft {
 template <bool Clipped, bool Detached, int F>
 struct AslHard {
   using Soft = AslSoft<Clipped, Detached>;
-  template <typename T>
-  static __device__ __forceinline__ LossGrad<T> at(T logit, T y, const AslParams<T>& params) {
-    return asl_hard<Clipped, Detached, F>(logit, y > T(0), params);
+  static constexpr bool kFewRegisters = F != kFocusReal;
+  template <typename T, typename Label>
+  static __device__ __forceinline__ LossGrad<T> at(T logit, Label y, const AslParams<T>& params) {
+    return asl_hard<Clipped, Detached, F>(logit, y > Label(0), params);
   }
 };
 

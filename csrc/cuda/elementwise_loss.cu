@@ -10,11 +10,12 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(E* grad, const T* facto
   if (by == T(1)) return;
   constexpr int V = 16 / sizeof(E);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * V;
+  const bool wide = is_aligned<E, V>(grad);
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V; i < n; i += stride) {
-    Vector<E, V> v = load<V>(grad, i, n, E{});
+    Vector<E, V> v = load<V>(grad, i, n, wide, E{});
 #pragma unroll
     for (int j = 0; j < V; ++j) v.e[j] = narrow<E>(static_cast<T>(widen(v.e[j])) * by);
-    store<V>(grad, i, n, v);
+    store<V>(grad, i, n, wide, v);
   }
 }
 
@@ -34,7 +35,7 @@ void scale_grad(uintptr_t grad, int grad_type, uintptr_t factor, int factor_type
   auto run = [&](auto* of_type, auto* of_factor) {
     using E = std::remove_pointer_t<decltype(of_type)>;
     using T = std::remove_pointer_t<decltype(of_factor)>;
-    launch(scale_kernel<E, T>, n, 16 / sizeof(E), stream, pointer<E>(grad), pointer<const T>(factor), n);
+    launch(scale_kernel<E, T>, n, 16 / sizeof(E), kMaxBlocks, stream, pointer<E>(grad), pointer<const T>(factor), n);
   };
   float* in_float = nullptr;
   switch (type) {

@@ -4,8 +4,8 @@
 //   hard(run)           calls run with the formula for hard labels
 //   soft(run)           calls run with the formula for labels in [0, 1]
 //
-// A formula is an empty struct with a function `at(score, label, params)` for one element, and names as `Soft` the
-// formula that serves the soft labels it meets: itself, if it is one.
+// A formula is an empty struct with a function `at(score, label, params)` for one element. It names as `Soft` the
+// formula that serves the soft labels it meets: itself, if it is one. `kFewRegisters` says how much it takes.
 #pragma once
 
 #include <algorithm>
@@ -39,16 +39,20 @@ struct Task {
 
 // ------------------------------------------------------------------------------------------------------------ targets
 
-// Targets in the computing type: integers become -1, 0 or 1, floats stay what they are.
-template <int V, typename E, typename T, typename Params>
-__device__ __forceinline__ void load_labels_of(T (&y)[V], const Task<T, Params>& task, int64_t begin) {
-  const Vector<E, V> v = load<V>(static_cast<const E*>(task.target), begin, task.n, narrow<E>(-1.0f));
+// Labels as a formula takes them: integers are compared with 0 as they are, or become -1, 0 or 1 in the computing type;
+// floats stay what they are.
+template <int V, typename E, typename Label>
+__device__ __forceinline__ void load_labels_of(Label (&y)[V], const void* target, int64_t begin, int64_t n) {
+  const auto* elements = static_cast<const E*>(target);
+  const Vector<E, V> v = load<V>(elements, begin, n, is_aligned<E, V>(elements), narrow<E>(-1.0f));
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    if constexpr (std::is_integral_v<E>) {
-      y[j] = v.e[j] > 0 ? T(1) : (v.e[j] < 0 ? T(-1) : T(0));
+    if constexpr (std::is_same_v<Label, int>) {
+      y[j] = v.e[j];
+    } else if constexpr (std::is_integral_v<E>) {
+      y[j] = v.e[j] > 0 ? Label(1) : (v.e[j] < 0 ? Label(-1) : Label(0));
     } else {
-      y[j] = static_cast<T>(widen(v.e[j]));
+      y[j] = static_cast<Label>(widen(v.e[j]));
     }
   }
 }
@@ -57,24 +61,30 @@ __device__ __forceinline__ void load_labels_of(T (&y)[V], const Task<T, Params>&
 // branches that all threads take alike, for eight times as many kernels would take eight times as long to compile and
 // load.
 struct ByteTarget {
-  template <int V, typename T, typename Params>
-  static __device__ __forceinline__ void load_labels(T (&y)[V], const Task<T, Params>& task, int64_t begin) {
-    load_labels_of<V, int8_t>(y, task, begin);
+  template <typename T>
+  using HardLabel = int;
+
+  template <int V, typename Label, typename T, typename Params>
+  static __device__ __forceinline__ void load_labels(Label (&y)[V], const Task<T, Params>& task, int64_t begin) {
+    load_labels_of<V, int8_t>(y, task.target, begin, task.n);
   }
 };
 
 struct AnyTarget {
+  template <typename T>
+  using HardLabel = T;
+
   template <int V, typename T, typename Params>
   static __device__ __forceinline__ void load_labels(T (&y)[V], const Task<T, Params>& task, int64_t begin) {
     switch (task.target_type) {
-      case DType::kFloat32: return load_labels_of<V, float>(y, task, begin);
-      case DType::kFloat64: return load_labels_of<V, double>(y, task, begin);
-      case DType::kBFloat16: return load_labels_of<V, BFloat16>(y, task, begin);
-      case DType::kFloat16: return load_labels_of<V, Float16>(y, task, begin);
-      case DType::kInt8: return load_labels_of<V, int8_t>(y, task, begin);
-      case DType::kInt16: return load_labels_of<V, int16_t>(y, task, begin);
-      case DType::kInt32: return load_labels_of<V, int32_t>(y, task, begin);
-      case DType::kInt64: return load_labels_of<V, int64_t>(y, task, begin);
+      case DType::kFloat32: return load_labels_of<V, float>(y, task.target, begin, task.n);
+      case DType::kFloat64: return load_labels_of<V, double>(y, task.target, begin, task.n);
+      case DType::kBFloat16: return load_labels_of<V, BFloat16>(y, task.target, begin, task.n);
+      case DType::kFloat16: return load_labels_of<V, Float16>(y, task.target, begin, task.n);
+      case DType::kInt8: return load_labels_of<V, int8_t>(y, task.target, begin, task.n);
+      case DType::kInt16: return load_labels_of<V, int16_t>(y, task.target, begin, task.n);
+      case DType::kInt32: return load_labels_of<V, int32_t>(y, task.target, begin, task.n);
+      case DType::kInt64: return load_labels_of<V, int64_t>(y, task.target, begin, task.n);
     }
   }
 };
@@ -83,27 +93,30 @@ struct AnyTarget {
 // registers cannot be indexed.
 __device__ __forceinline__ unsigned int positives_among(const SparseTarget& target, int64_t begin, int64_t end) {
   unsigned int bits = 0;
-  target.for_positives(begin, end, [&](int64_t j) { bits |= 1u << j; });
+  if (begin < end) target.for_positives(begin, end, [&](int64_t j) { bits |= 1u << j; });
   return bits;
 }
 
-// For double, whose formulas need the registers.
+// For double, and for vectors of eight, whose formulas need the registers.
 __device__ __noinline__ unsigned int positives_call(const SparseTarget& target, int64_t begin, int64_t end) {
   return positives_among(target, begin, end);
 }
 
 struct SparseLabels {
-  template <int V, typename T, typename Params>
-  static __device__ __forceinline__ void load_labels(T (&y)[V], const Task<T, Params>& task, int64_t begin) {
+  template <typename T>
+  using HardLabel = int;
+
+  template <int V, typename Label, typename T, typename Params>
+  static __device__ __forceinline__ void load_labels(Label (&y)[V], const Task<T, Params>& task, int64_t begin) {
     const int64_t end = begin + V < task.n ? begin + V : task.n;
     unsigned int bits;
-    if constexpr (std::is_same_v<T, double>) {
+    if constexpr (V == 8 || std::is_same_v<T, double>) {
       bits = positives_call(task.positives, begin, end);
     } else {
       bits = positives_among(task.positives, begin, end);
     }
 #pragma unroll
-    for (int j = 0; j < V; ++j) y[j] = begin + j < end ? T(bits >> j & 1u) : T(-1);
+    for (int j = 0; j < V; ++j) y[j] = begin + j < end ? Label(bits >> j & 1u) : Label(-1);
   }
 };
 
@@ -120,60 +133,108 @@ __device__ __noinline__ LossGrad<T> soft_call(T score, T y, const Params& params
 
 // ------------------------------------------------------------------------------------------------------------- kernel
 
+// The class of a thread's vector, carried along: three divisions a thread, none in the loop.
+struct Column {
+  int64_t classes, at, between_vectors, between_steps;
+
+  __device__ __forceinline__ void advance(int64_t by) {
+    at += by;
+    if (at >= classes) at -= classes;
+  }
+
+  template <int V, typename T>
+  __device__ __forceinline__ void weigh(LossGrad<T> (&r)[V], const T* class_weight) const {
+    int64_t c = at;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const T weight = class_weight[c];
+      r[j].loss *= weight;
+      r[j].grad *= weight;
+      c = c + 1 == classes ? 0 : c + 1;
+    }
+  }
+};
+
+// Loss and gradient of a thread's vector, 0 where the label is unknown.
+template <typename Target, typename Formula, int V, typename Score, typename Label, typename T, typename Params>
+__device__ __forceinline__ void evaluate(LossGrad<T> (&r)[V], const Vector<Score, V>& scores, const Label (&labels)[V],
+                                         const Task<T, Params>& task) {
+  constexpr bool hard = !std::is_same_v<Formula, typename Formula::Soft>;
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    Label y = labels[j];
+    if constexpr (!hard) y = y == T(0) ? task.smoothing : y * (T(1) - task.smoothing);
+    r[j] = Formula::at(static_cast<T>(widen(scores.e[j])), y, task.params);
+  }
+  if constexpr (hard && std::is_same_v<Target, AnyTarget>) {
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      if (is_soft(labels[j]))
+        r[j] = soft_call<typename Formula::Soft>(static_cast<T>(widen(scores.e[j])), labels[j], task.params);
+  }
+#pragma unroll
+  for (int j = 0; j < V; ++j)
+    if (labels[j] < Label(0)) r[j] = {T(0), T(0)};  // NaN labels are not unknown: they must show
+}
+
+// A thread's vectors of one step, which are all loaded before the first of them is used: two, to have more bytes on
+// their way, where the registers allow it.
+template <typename Score, typename Formula>
+constexpr int kVectors = sizeof(Score) == 4 && Formula::kFewRegisters ? 2 : 1;
+
+// Blocks that a multiprocessor holds at once, which bounds their registers: left to its own guess the compiler spills.
+template <typename T, typename Formula>
+constexpr int kResident = sizeof(T) == 4 && Formula::kFewRegisters ? 6 : 4;
+
 // The task is a __grid_constant__ so that a reference to its parameters can be passed on without a copy per thread.
-// For double the compiler may use as many registers as it likes: left to its own guess it spills.
 template <typename Score, typename Target, typename Formula, typename T, typename Params>
-__global__ void __launch_bounds__(kThreads, std::is_same_v<T, double> ? 1 : 0)
+__global__ void __launch_bounds__(kThreads, (kResident<T, Formula>))
     loss_kernel(const __grid_constant__ Task<T, Params> task) {
   constexpr int V = 16 / sizeof(Score);
+  constexpr int vectors = kVectors<Score, Formula>;
+  constexpr int64_t span = kThreads * V;  // of the block's vectors
   constexpr bool hard = !std::is_same_v<Formula, typename Formula::Soft>;
-  constexpr bool may_be_soft = hard && std::is_same_v<Target, AnyTarget>;
-  const int64_t n = task.n, classes = task.classes;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * V;
-  int64_t begin = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V;
-  // The column is carried along: two divisions a thread, none in the loop.
-  int64_t column = task.class_weight ? begin % classes : 0;
-  const int64_t column_step = task.class_weight ? stride % classes : 0;
+  using Label = std::conditional_t<hard, typename Target::template HardLabel<T>, T>;
+  const auto* all_scores = static_cast<const Score*>(task.scores);
+  auto* all_grads = static_cast<Score*>(task.grad);
+  const bool wide_scores = is_aligned<Score, V>(all_scores), wide_grads = is_aligned<Score, V>(all_grads);
+  const int64_t n = task.n, stride = gridDim.x * vectors * span;
+  int64_t begin = blockIdx.x * vectors * span + threadIdx.x * V;
+  Column column{};
+  if (const int64_t k = task.classes; task.class_weight)
+    column = {k, begin % k, span % k, (stride - (vectors - 1) * span) % k};
   T loss_sum = 0;
   int known = 0;
 
   for (; begin < n; begin += stride) {
-    const Vector<Score, V> scores = load<V>(static_cast<const Score*>(task.scores), begin, n, Score{});
-    T y[V];
-    Target::template load_labels<V>(y, task, begin);
-    LossGrad<T> r[V];
+    Vector<Score, V> scores[vectors];
+    Label labels[vectors][V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      T label = y[j];
-      if (!hard) label = label == T(0) ? task.smoothing : label * (T(1) - task.smoothing);
-      r[j] = Formula::at(static_cast<T>(widen(scores.e[j])), label, task.params);
+    for (int i = 0; i < vectors; ++i) {
+      scores[i] = load<V>(all_scores, begin + i * span, n, wide_scores, Score{});
+      Target::template load_labels<V>(labels[i], task, begin + i * span);
     }
-    if (may_be_soft) {
 #pragma unroll
-      for (int j = 0; j < V; ++j)
-        if (is_soft(y[j]))
-          r[j] = soft_call<typename Formula::Soft>(static_cast<T>(widen(scores.e[j])), y[j], task.params);
-    }
-    Vector<T, V> loss;
-    Vector<Score, V> grad;
-    int64_t c = column;
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const bool unknown = y[j] < T(0);  // NaN targets are not unknown: they must show
-      T weight = 1;
+    for (int i = 0; i < vectors; ++i) {
+      const int64_t at = begin + i * span;
+      LossGrad<T> r[V];
+      evaluate<Target, Formula>(r, scores[i], labels[i], task);
       if (task.class_weight) {
-        weight = task.class_weight[c];
-        c = c + 1 == classes ? 0 : c + 1;
+        column.weigh(r, task.class_weight);
+        column.advance(i + 1 < vectors ? column.between_vectors : column.between_steps);
       }
-      loss.e[j] = unknown ? T(0) : r[j].loss * weight;
-      grad.e[j] = narrow<Score>(unknown ? T(0) : r[j].grad * weight);
-      loss_sum += loss.e[j];
-      known += unknown ? 0 : 1;
+      Vector<T, V> loss;
+      Vector<Score, V> grad;
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        loss.e[j] = r[j].loss;
+        grad.e[j] = narrow<Score>(r[j].grad);
+        loss_sum += r[j].loss;
+        known += labels[i][j] < Label(0) ? 0 : 1;
+      }
+      if (task.grad) store<V>(all_grads, at, n, wide_grads, grad);
+      if (task.elementwise) store<V>(task.loss, at, n, is_aligned<T, V>(task.loss), loss);
     }
-    if (task.grad) store<V>(static_cast<Score*>(task.grad), begin, n, grad);
-    if (task.elementwise) store<V>(task.loss, begin, n, loss);
-    column += column_step;
-    if (column >= classes) column -= classes;
   }
   if (task.elementwise) return;
 
@@ -191,11 +252,12 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, double> ? 1 : 0)
 // ----------------------------------------------------------------------------------------------------------- launches
 
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), int64_t n, int per_thread, uintptr_t stream, const Args&... args) {
+void launch(void (*kernel)(Params...), int64_t n, int per_thread, int64_t most_blocks, uintptr_t stream,
+            const Args&... args) {
   const int64_t per_block = static_cast<int64_t>(kThreads) * per_thread;
-  const int64_t blocks = std::clamp<int64_t>((n + per_block - 1) / per_block, 1, kMaxBlocks);
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned int>(blocks));
+  config.gridDim =
+      dim3(static_cast<unsigned int>(std::clamp<int64_t>((n + per_block - 1) / per_block, 1, most_blocks)));
   config.blockDim = dim3(kThreads);
   config.stream = reinterpret_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
@@ -207,7 +269,10 @@ void launch(void (*kernel)(Params...), int64_t n, int per_thread, uintptr_t stre
 
 template <typename Score, typename Target, typename Formula, typename T, typename Params>
 void launch_formula(const Task<T, Params>& task, Formula, uintptr_t stream) {
-  launch(loss_kernel<Score, Target, Formula, T, Params>, task.n, 16 / sizeof(Score), stream, task);
+  constexpr int64_t most_blocks = kMultiprocessors * kResident<T, Formula>;
+  static_assert(most_blocks <= kMaxBlocks);
+  launch(loss_kernel<Score, Target, Formula, T, Params>, task.n, kVectors<Score, Formula> * 16 / sizeof(Score),
+         most_blocks, stream, task);
 }
 
 template <typename Score, typename T, typename Loss>

@@ -47,12 +47,12 @@ __device__ __forceinline__ bool is_aligned(const E* tensor) {
 }
 
 // Elements [begin, begin + V) of a tensor of n, where begin is a multiple of V; `beyond` stands for those past the end.
-// Alignment is looked at for each tensor by itself: of a sliced batch the inputs may be misaligned, while the gradient,
-// freshly allocated, never is, so that skipping a few elements first would align nothing.
+// `wide` says whether the tensor is aligned: it is looked at for each by itself, for of a sliced batch the inputs may be
+// misaligned, while the gradient, freshly allocated, never is, so that skipping a few elements first would align nothing.
 template <int V, typename E>
-__device__ __forceinline__ Vector<E, V> load(const E* tensor, int64_t begin, int64_t n, E beyond) {
+__device__ __forceinline__ Vector<E, V> load(const E* tensor, int64_t begin, int64_t n, bool wide, E beyond) {
   Vector<E, V> v;
-  if (begin + V <= n && is_aligned<E, V>(tensor)) {
+  if (wide && begin + V <= n) {
     v = *reinterpret_cast<const Vector<E, V>*>(tensor + begin);
   } else {
 #pragma unroll
@@ -62,8 +62,8 @@ __device__ __forceinline__ Vector<E, V> load(const E* tensor, int64_t begin, int
 }
 
 template <int V, typename E>
-__device__ __forceinline__ void store(E* tensor, int64_t begin, int64_t n, const Vector<E, V>& v) {
-  if (begin + V <= n && is_aligned<E, V>(tensor)) {
+__device__ __forceinline__ void store(E* tensor, int64_t begin, int64_t n, bool wide, const Vector<E, V>& v) {
+  if (wide && begin + V <= n) {
     *reinterpret_cast<Vector<E, V>*>(tensor + begin) = v;
   } else {
 #pragma unroll

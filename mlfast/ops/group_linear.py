@@ -193,16 +193,23 @@ def _launch_backward_cpu(
     )
 
 
-def _launch_triton(*arguments: Any) -> None:
+def _launch_triton(sizes: Sizes, x: Tensor, weight: Tensor, *others: Tensor | None) -> None:
     from mlfast.kernels.group_linear import group_linear as kernel
 
-    kernel(*arguments)
+    kernel(sizes, *_of_32_bits_beside_64(x, weight), *others)
 
 
-def _launch_backward_triton(*arguments: Any) -> None:
+def _launch_backward_triton(sizes: Sizes, grad_out: Tensor, x: Tensor, weight: Tensor, *others: Tensor | None) -> None:
     from mlfast.kernels.group_linear import group_linear_backward as kernel
 
-    kernel(*arguments)
+    kernel(sizes, grad_out, *_of_32_bits_beside_64(x, weight), *others)
+
+
+def _of_32_bits_beside_64(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Triton 3.6 fails to compile a float64 product of what is loaded as 16 bits."""
+    if {x.element_size(), weight.element_size()} != {2, 8}:
+        return x, weight
+    return (x.float(), weight) if x.element_size() == 2 else (x, weight.float())
 
 
 LAUNCH = {"cpu": _launch_cpu, "triton": _launch_triton}

@@ -81,7 +81,7 @@ def assert_no_spills(jobs, compile_triton, target):
             assert set(re.findall(r"private_segment_fixed_size:?\s+(\d+)", result["text"])) == {"0"}, job
 
 
-NVCC_FLAGS = ("-std=c++17", "-O3", "-prec-div=false", "-Xptxas", "-v", "-Werror", "all-warnings")
+NVCC_FLAGS = ("-std=c++17", "-O3", "-prec-div=false", "-ftz=true", "-Xptxas", "-v", "-Werror", "all-warnings")
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 

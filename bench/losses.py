@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import mlfast
 from bench.race import number_of_sets, race
 from mlfast import SparseTargets
 
@@ -13,9 +14,11 @@ SIZES = {
     "VG500 84 x 500": (84, 500),
     "OpenImages 512 x 601": (512, 601),
     "OpenImages 256 x 9605": (256, 9605),
+    "OpenImages 1024 x 9605": (1024, 9605),
     "ImageNet-21k 64 x 21841": (64, 21841),
 }
 QUICK = ("COCO 56 x 80", "OpenImages 256 x 9605")
+GPU_ONLY = "OpenImages 1024 x 9605"
 
 
 def training(loss):
@@ -42,6 +45,16 @@ def sparse_targets(step):
     return lambda cos, target, byte_target, sparse: step(cos, sparse)
 
 
+def on_triton(step):
+    """The loss's other kernels on a GPU, where those in CUDA C++ come first."""
+
+    def call(*arguments):
+        with mlfast.use_backend("triton"):
+            step(*arguments)
+
+    return call
+
+
 def make_inputs(rows, classes, device):
     sets = []
     for seed in range(number_of_sets(rows * classes * 13)):
@@ -66,6 +79,8 @@ def race_losses(op, contestants, reference, operations, benchmark, record, devic
     """
     if quick and (size not in QUICK or mode is not training):
         pytest.skip("left out of --quick")
+    if size == GPU_ONLY and device.type != "cuda":
+        pytest.skip("for a GPU")
     rows, classes = SIZES[size]
     inputs = make_inputs(rows, classes, device)
     assert_same_results(contestants, reference, *inputs[0][:2])
@@ -74,6 +89,8 @@ def race_losses(op, contestants, reference, operations, benchmark, record, devic
     mine, first, second, *rest = steps
     steps |= {"mlfast sparse": sparse_targets(steps[mine]), "mlfast uint8": byte_targets(steps[mine])}
     steps = {name: steps[name] for name in (mine, first, "mlfast sparse", second, "mlfast uint8", *rest)}
+    if device.type == "cuda":
+        steps["mlfast triton"] = on_triton(steps[mine])
     rounds = max(15, min(300, 20_000_000 // (rows * classes))) // (3 if quick else 1)
     median_us = race(benchmark, steps, inputs, "mlfast", rounds)
     elements = rows * classes

@@ -113,8 +113,8 @@ def ninja_file(target: Path, folder: Path, nvcc: str | None, why_no_cuda: str) -
         sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
         defines = ["-DMLFAST_CUDA", define("MLFAST_CUDA_ARCHS", archs)]
         link = f"{nvcc} -ccbin {cxx} -shared -cudart static -Xcompiler -fopenmp"
-        # Float division to 2 ulp and subnormal floats as 0: otherwise every reciprocal and exponential is scaled twice, which is
-        # a quarter of a loss's instructions. No formula relies on subnormal numbers.
+        # Float division to 2 ulp and subnormal floats as 0: otherwise every reciprocal and exponential is scaled twice,
+        # which is a quarter of a loss's instructions. No formula relies on subnormal numbers.
         flags = f"-std=c++17 -O3 -prec-div=false -ftz=true -Xcompiler -fPIC {' '.join(arch_flags)}"
         rules.append(ninja_rule("cuda", f"{nvcc} -ccbin {cxx} {flags}"))
     else:

@@ -58,7 +58,7 @@ COUNTS = (
     Count(
         "aam_loss",
         {"target": "*i8", "POWER_NEG": 1, "SMOOTHED": False, "MARGIN": False, "SHIFTED": False},
-        "ByteTargetENS1_7AamHardILb0ELb0ELi3E",
+        "ByteTargetENS1_7AamHardILb0ELb0ELi1E",
         2,
         "an exponential and a reciprocal; the logarithm is a polynomial",
     ),

@@ -106,8 +106,9 @@ def choose(device: torch.device, served: tuple[str, ...] = ("cpu", "triton", "cu
 
 def is_exporting() -> bool:
     """Whether a model is being exported, when every op takes its reference path: no exporter meets a custom op."""
-    # torch.export and the ONNX exporter built on it compile; the older ONNX exporter and OpenVINO trace.
-    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.compiler.is_exporting())
+    # torch.export and the ONNX exporter built on it set the flag; the older ONNX exporter and OpenVINO trace. Of
+    # torch.compiler.is_exporting(), which reads the same flag, torch.compile makes True in torch 2.11.
+    return torch.jit.is_tracing() or torch.compiler._is_exporting_flag
 
 
 def _serves(name: str, device_type: str) -> bool:

@@ -48,7 +48,7 @@ def output_dtype(x: Tensor, weight: Tensor, cosine: bool) -> torch.dtype:
 
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on; the meta device, on which models are counted, knows none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> Any:
@@ -193,13 +193,13 @@ def _launch_backward_cpu(
     )
 
 
-def _launch_triton(sizes: Sizes, x: Tensor, weight: Tensor, *others: Tensor | None) -> None:
+def _launch_triton(sizes: Sizes, x: Tensor, weight: Tensor, *others: Any) -> None:
     from mlfast.kernels.group_linear import group_linear as kernel
 
     kernel(sizes, *_of_32_bits_beside_64(x, weight), *others)
 
 
-def _launch_backward_triton(sizes: Sizes, grad_out: Tensor, x: Tensor, weight: Tensor, *others: Tensor | None) -> None:
+def _launch_backward_triton(sizes: Sizes, grad_out: Tensor, x: Tensor, weight: Tensor, *others: Any) -> None:
     from mlfast.kernels.group_linear import group_linear_backward as kernel
 
     kernel(sizes, grad_out, *_of_32_bits_beside_64(x, weight), *others)

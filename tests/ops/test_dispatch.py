@@ -48,6 +48,19 @@ def test_parameters_take_the_short_way(call):
 
 
 @each_op
+def test_a_compiler_meets_the_op_and_not_its_reference(call):
+    torch._dynamo.reset()
+    targets = []
+
+    def compiler(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.testing.assert_close(torch.compile(call, backend=compiler, fullgraph=True)(X), call(X))
+    assert [target for target in targets if target.startswith("mlfast.")], targets
+
+
+@each_op
 def test_negated_views(call):
     x = X.clone().requires_grad_()
     out = call(x)

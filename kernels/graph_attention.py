@@ -12,9 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_EDGES = 16
-TILE_BYTES = 1024  # of a neighbour's vector: with 128 threads and 16 edges 32 float32 elements each
-NUM_WARPS = 4
+# A program is one warp, so that no sum crosses warps, and its edges are few, for most labels have few neighbours.
+BLOCK_EDGES = 4
+TILE_BYTES = 1024  # of a neighbour's vector: with four edges 32 float32 elements a thread
+NUM_WARPS = 1
+NUM_WARPS_GRAD_VALUE = 2  # with one, ptxas spills
 
 
 @triton.jit
@@ -322,7 +324,7 @@ def graph_attention_backward(
             DROPS=drops,
             BLOCK_EDGES=BLOCK_EDGES,
             BLOCK_FEATURES=block_features(value),
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS_GRAD_VALUE,
         )
         grad_logits_kernel[grid](
             score_src,

@@ -3,9 +3,9 @@
 docs/group_linear.md derives the formulas. No allocation, autograd or autotuning. Arithmetic is float32, or float64 if x
 or weight is. Results are bit-equal from run to run: the order of every addition depends on the shape alone.
 
-One slot per group makes sums of rows; more make `tl.dot`, with slots padded to 16. Where x and weight both have 16 bits
-the dot is TF32: their values are exact in it, and rounding those of the incoming gradient costs less than rounding the
-result. Otherwise it is exact float32, unless PyTorch's switches for TF32 allow less.
+These are the kernels of one slot per group, sums of rows, and of several slots where x and weight both have 16 bits: a
+`tl.dot` with slots padded to 16, in TF32, in which their values are exact, and rounding those of the incoming gradient
+costs less than rounding the result. Other products are the matrix library's; see group_linear_products.py.
 These kernels run under Triton's interpreter (TRITON_INTERPRET=1) and compile for sm_80, sm_90 and sm_100; they were not
 tested on a GPU.
 """
@@ -19,26 +19,27 @@ SMALLEST_LENGTH = tl.constexpr(1e-12)  # shorter vectors count as this long, as 
 
 
 @triton.jit
-def _inverse_length(square):
+def inverse_length(square):
+    """1 / length of vectors, of their squared lengths."""
     length = tl.sqrt(square)
     return 1.0 / tl.where(length < SMALLEST_LENGTH, SMALLEST_LENGTH, length)  # a NaN stays one
 
 
 @triton.jit
-def _square_unless_clamped(inverse):
+def square_unless_clamped(inverse):
     """What the derivative of 1 / length is multiplied by: 0 where the length was clamped, and so constant."""
     return tl.where(inverse * SMALLEST_LENGTH < 0.9999999, inverse * inverse, 0.0)
 
 
 @triton.jit
-def _product(a, b, T: tl.constexpr, PRECISION: tl.constexpr):
+def _product(a, b, T: tl.constexpr):
     """The matrix product a @ b of blocks in the computing type."""
     if b.shape[1] == 1:  # a column, and below a row: tl.dot wants 16 of each
         product = tl.sum(a * tl.trans(b), axis=1)[:, None]
     elif a.shape[1] == 1:
         product = a * b
     else:
-        product = tl.dot(a, b, input_precision=PRECISION, out_dtype=T)
+        product = tl.dot(a, b, input_precision="tf32", out_dtype=T)
     return product
 
 
@@ -65,7 +66,7 @@ def group_linear_kernel(
     x, weight, bias, out, cosines, inv_x, inv_weight,
     batch: tl.int32, groups: tl.int32, features: tl.int32, slots: tl.int32, classes: tl.int32,
     x_batch_stride: tl.int64, x_group_stride: tl.int64,
-    COSINE: tl.constexpr, DOUBLE: tl.constexpr, PRECISION: tl.constexpr,
+    COSINE: tl.constexpr, DOUBLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
 ):  # fmt: skip
     """Products or cosines; a program has BLOCK_ROWS images and BLOCK_SLOTS slots of one group.
@@ -82,7 +83,6 @@ def group_linear_kernel(
         x_batch_stride, x_group_stride: Strides.
         COSINE: Whether products are divided by lengths.
         DOUBLE: Whether the computing type is float64.
-        PRECISION: Of tl.dot.
         BLOCK_ROWS, BLOCK_SLOTS, BLOCK_FEATURES: The tile.
     """
     T: tl.constexpr = tl.float64 if DOUBLE else tl.float32
@@ -101,12 +101,12 @@ def group_linear_kernel(
         a = tl.load(at, mask=(row < batch)[:, None] & (d < features)[None, :], other=0.0).to(T)
         at = weight + (group * features + d)[:, None] * slots + slot[None, :]
         w = tl.load(at, mask=(d < features)[:, None] & (slot < slots)[None, :], other=0.0).to(T)
-        product += _product(a, w, T, PRECISION)
+        product += _product(a, w, T)
         if COSINE:
             square_x += tl.sum(a * a, axis=1)
             square_weight += tl.sum(w * w, axis=0)
     if COSINE:
-        inverse_x, inverse_weight = _inverse_length(square_x), _inverse_length(square_weight)
+        inverse_x, inverse_weight = inverse_length(square_x), inverse_length(square_weight)
         product *= inverse_x[:, None] * inverse_weight[None, :]
         tl.store(inv_x + row * groups + group, inverse_x, mask=(row < batch) & (slot_block == 0))
         tl.store(inv_weight + group * slots + slot, inverse_weight, mask=(slot < slots) & (row_block == 0))
@@ -126,7 +126,7 @@ def grad_x_kernel(
     grad_out, x, weight, cosines, inv_x, inv_weight, grad_x,
     batch: tl.int32, groups: tl.int32, features: tl.int32, slots: tl.int32, classes: tl.int32,
     x_batch_stride: tl.int64, x_group_stride: tl.int64, grad_batch_stride: tl.int64, grad_group_stride: tl.int64,
-    COSINE: tl.constexpr, DOUBLE: tl.constexpr, PRECISION: tl.constexpr,
+    COSINE: tl.constexpr, DOUBLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
 ):  # fmt: skip
     """factors @ weight^T - shrink * x; a program has BLOCK_ROWS images and BLOCK_FEATURES features of one group.
@@ -137,7 +137,7 @@ def grad_x_kernel(
         grad_x: Pointer to the result, of the shape of x with strides of its own, any float type.
         batch, groups, features, slots, classes: Sizes.
         x_batch_stride, x_group_stride, grad_batch_stride, grad_group_stride: Strides.
-        COSINE, DOUBLE, PRECISION, BLOCK_ROWS, BLOCK_SLOTS, BLOCK_FEATURES: As in group_linear_kernel.
+        COSINE, DOUBLE, BLOCK_ROWS, BLOCK_SLOTS, BLOCK_FEATURES: As in group_linear_kernel.
     """
     T: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     row_blocks, blocks = tl.cdiv(batch, BLOCK_ROWS), tl.cdiv(features, BLOCK_FEATURES)
@@ -153,13 +153,13 @@ def grad_x_kernel(
         )
         at = weight + (group * features + d)[None, :] * slots + slot[:, None]
         w = tl.load(at, mask=(slot < slots)[:, None] & (d < features)[None, :], other=0.0).to(T)
-        grad += _product(factor, w, T, PRECISION)
+        grad += _product(factor, w, T)
         along_x += tl.sum(along, axis=1)
     inside = (row < batch)[:, None] & (d < features)[None, :]
     if COSINE:
         inverse = tl.load(inv_x + row * groups + group, mask=row < batch, other=0.0)
         at = x + (row * x_batch_stride + group * x_group_stride)[:, None] + d[None, :]
-        shrink = along_x * _square_unless_clamped(inverse)
+        shrink = along_x * square_unless_clamped(inverse)
         grad -= shrink[:, None] * tl.load(at, mask=inside, other=0.0).to(T)
     at = grad_x + (row * grad_batch_stride + group * grad_group_stride)[:, None] + d[None, :]
     tl.store(at, grad.to(grad_x.dtype.element_ty), mask=inside)
@@ -170,7 +170,7 @@ def grad_weight_kernel(
     grad_out, x, weight, cosines, inv_x, inv_weight, grad_weight,
     batch: tl.int32, groups: tl.int32, features: tl.int32, slots: tl.int32, classes: tl.int32,
     x_batch_stride: tl.int64, x_group_stride: tl.int64,
-    COSINE: tl.constexpr, DOUBLE: tl.constexpr, PRECISION: tl.constexpr,
+    COSINE: tl.constexpr, DOUBLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
 ):  # fmt: skip
     """x^T @ factors - shrink * weight; a program has BLOCK_FEATURES features and BLOCK_SLOTS slots of one group.
@@ -180,7 +180,7 @@ def grad_weight_kernel(
         grad_weight: Pointer to the result, of the shape of weight, any float type.
         batch, groups, features, slots, classes: Sizes.
         x_batch_stride, x_group_stride: Strides.
-        COSINE, DOUBLE, PRECISION, BLOCK_ROWS, BLOCK_SLOTS, BLOCK_FEATURES: As in group_linear_kernel.
+        COSINE, DOUBLE, BLOCK_ROWS, BLOCK_SLOTS, BLOCK_FEATURES: As in group_linear_kernel.
     """
     T: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     slot_blocks, blocks = tl.cdiv(slots, BLOCK_SLOTS), tl.cdiv(features, BLOCK_FEATURES)
@@ -196,13 +196,13 @@ def grad_weight_kernel(
         )
         at = x + (row * x_batch_stride + group * x_group_stride)[None, :] + d[:, None]
         a = tl.load(at, mask=(d < features)[:, None] & (row < batch)[None, :], other=0.0).to(T)
-        grad += _product(a, factor, T, PRECISION)
+        grad += _product(a, factor, T)
         along_weight += tl.sum(along, axis=0)
     inside = (d < features)[:, None] & (slot < slots)[None, :]
     at = (group * features + d)[:, None] * slots + slot[None, :]
     if COSINE:
         inverse = tl.load(inv_weight + group * slots + slot, mask=slot < slots, other=0.0)
-        shrink = along_weight * _square_unless_clamped(inverse)
+        shrink = along_weight * square_unless_clamped(inverse)
         grad -= shrink[None, :] * tl.load(weight + at, mask=inside, other=0.0).to(T)
     tl.store(grad_weight + at, grad.to(grad_weight.dtype.element_ty), mask=inside)
 
@@ -210,27 +210,13 @@ def grad_weight_kernel(
 Sizes = tuple[int, int, int, int, int, bool]  # batch, groups, features, slots, classes, cosine
 
 
-def allows_tf32() -> bool:
-    """Whether float32 products may be made of TF32. Since PyTorch 2.9 there are two switches, of which one raises."""
-    matmul = torch.backends.cuda.matmul
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-
-
 def options(sizes: Sizes, x: torch.Tensor, weight: torch.Tensor) -> dict[str, object]:
-    """The constants of a launch."""
+    """The constants of a launch. Reductions within a warp are the fastest for one slot."""
     slots, cosine = sizes[3], sizes[5]
+    tile = (4, 1, 256, 1) if slots == 1 else (16, min(max(triton.next_power_of_2(slots), 16), 32), 64, NUM_WARPS)
+    names = "BLOCK_ROWS", "BLOCK_SLOTS", "BLOCK_FEATURES", "num_warps"
     double = torch.float64 in (x.dtype, weight.dtype)
-    sixteen_bits = x.element_size() == weight.element_size() == 2
-    tf32 = sixteen_bits or allows_tf32()
-    return {
-        "COSINE": cosine,
-        "DOUBLE": double,
-        "PRECISION": "tf32" if tf32 else "ieee",
-        "BLOCK_ROWS": 16,
-        "BLOCK_SLOTS": 1 if slots == 1 else min(max(triton.next_power_of_2(slots), 16), 32),
-        "BLOCK_FEATURES": 128 if slots == 1 else 16 if double else 64 if tf32 else 32,  # as registers allow
-        "num_warps": NUM_WARPS,
-    }
+    return {"COSINE": cosine, "DOUBLE": double} | dict(zip(names, tile, strict=True))
 
 
 def group_linear(

@@ -11,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-# Elements of a program's tile: with 128 threads sixteen each, of which a sum, a maximum and its position are kept.
-TILE = 2048
-NUM_WARPS = 4
-NUM_WARPS_FLOAT64 = 8  # with four, ptxas spills
+# Elements of a program's tile. In NCHW a program is one warp, so that no reduction over positions crosses warps; each
+# thread keeps a sum, a maximum and its position for 32 elements, of float64 for 16.
+TILE_NCHW = 1024
 # In channels_last a tile is 64 channels wide: 128 bytes or more of neighbours in memory.
-CHANNELS_IN_CHANNELS_LAST = 64
-BLOCK_WEIGHT = 128
+TILE_CHANNELS_LAST, CHANNELS_IN_CHANNELS_LAST = 2048, 64
+BLOCK_BATCH, BLOCK_CHANNELS = 32, 32  # of the sums over the batch
+NUM_WARPS = 4
 
 
 @triton.jit
@@ -133,36 +133,41 @@ def grad_features_kernel(
 
 
 @triton.jit(do_not_specialize=["batch", "channels"])
-def grad_weight_kernel(grad_out, weight_slope, grad_weight, batch: tl.int32, channels: tl.int32, BLOCK: tl.constexpr):
-    """Sum over the batch of grad_out * weight_slope, in the order of the batch, in float64.
+def grad_weight_kernel(
+    grad_out, weight_slope, grad_weight, batch: tl.int32, channels: tl.int32,
+    BLOCK_BATCH: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Sum over the batch of grad_out * weight_slope, in float64; a program has BLOCK_CHANNELS channels.
 
     Args:
         grad_out: Pointer to [batch, channels], any float type.
         weight_slope: Pointer to [batch, channels] in the computing type.
         grad_weight: Pointer to the result, [channels] in the computing type.
         batch, channels: Sizes.
-        BLOCK: Channels of a program.
+        BLOCK_BATCH, BLOCK_CHANNELS: The tile.
     """
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = channel < channels
-    total = tl.zeros((BLOCK,), tl.float64)
-    at = channel.to(tl.int64)
-    for _ in range(0, batch):
+    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    total = tl.zeros((BLOCK_BATCH, BLOCK_CHANNELS), tl.float64)
+    for start in range(0, batch, BLOCK_BATCH):
+        image = start + tl.arange(0, BLOCK_BATCH)
+        inside = (image < batch)[:, None] & (channel < channels)[None, :]
+        at = image.to(tl.int64)[:, None] * channels + channel[None, :]
         g = tl.load(grad_out + at, mask=inside, other=0.0).to(tl.float64)
         total += g * tl.load(weight_slope + at, mask=inside, other=0.0).to(tl.float64)
-        at += channels
-    tl.store(grad_weight + channel, total.to(grad_weight.dtype.element_ty), mask=inside)
+    result = tl.sum(total, axis=0)
+    tl.store(grad_weight + channel, result.to(grad_weight.dtype.element_ty), mask=channel < channels)
 
 
 Sizes = tuple[int, int, int, bool]  # batch, channels, positions, channels_last
 
 
-def tile(positions: int, channels_last: bool) -> tuple[int, int]:
-    """Channels and positions of a program's tile."""
+def tile(positions: int, channels_last: bool, double: bool) -> tuple[int, int, int]:
+    """Channels and positions of a program's tile, and its warps."""
     if channels_last:
-        return CHANNELS_IN_CHANNELS_LAST, TILE // CHANNELS_IN_CHANNELS_LAST
-    wide = min(triton.next_power_of_2(positions), 1024)
-    return TILE // max(wide, 32), max(wide, 32)
+        return CHANNELS_IN_CHANNELS_LAST, TILE_CHANNELS_LAST // CHANNELS_IN_CHANNELS_LAST, 8
+    elements = TILE_NCHW // 2 if double else TILE_NCHW
+    wide = max(min(triton.next_power_of_2(positions), elements), 32)
+    return elements // wide, wide, 1
 
 
 def reweight_pool(
@@ -175,7 +180,7 @@ def reweight_pool(
 ) -> None:
     """Launches reweight_pool_kernel, which documents the tensors; an empty ``argmax`` is not written."""
     batch, channels, positions, channels_last = sizes
-    block_channels, block_positions = tile(positions, channels_last)
+    block_channels, block_positions, num_warps = tile(positions, channels_last, features.dtype == torch.float64)
     with torch.cuda.device_of(features):
         reweight_pool_kernel[(batch * triton.cdiv(channels, block_channels),)](
             features,
@@ -189,7 +194,7 @@ def reweight_pool(
             NEEDS_GRAD=argmax.numel() > 0,
             BLOCK_CHANNELS=block_channels,
             BLOCK_POSITIONS=block_positions,
-            num_warps=NUM_WARPS_FLOAT64 if features.dtype == torch.float64 else NUM_WARPS,
+            num_warps=num_warps,
         )
 
 
@@ -204,7 +209,7 @@ def reweight_pool_backward(
 ) -> None:
     """Launches grad_features_kernel and grad_weight_kernel, each where its result is wanted."""
     batch, channels, positions, channels_last = sizes
-    block_channels, block_positions = tile(positions, channels_last)
+    block_channels, block_positions, num_warps = tile(positions, channels_last, weight.dtype == torch.float64)
     with torch.cuda.device_of(grad_out):
         if grad_features is not None:
             grad_features_kernel[(batch * triton.cdiv(channels, block_channels),)](
@@ -217,9 +222,16 @@ def reweight_pool_backward(
                 CHANNELS_LAST=channels_last,
                 BLOCK_CHANNELS=block_channels,
                 BLOCK_POSITIONS=block_positions,
-                num_warps=NUM_WARPS,
+                num_warps=num_warps,
             )
         if grad_weight is not None:
-            grad_weight_kernel[(triton.cdiv(channels, BLOCK_WEIGHT),)](
-                grad_out, weight_slope, grad_weight, batch, channels, BLOCK=BLOCK_WEIGHT, num_warps=NUM_WARPS
+            grad_weight_kernel[(triton.cdiv(channels, BLOCK_CHANNELS),)](
+                grad_out,
+                weight_slope,
+                grad_weight,
+                batch,
+                channels,
+                BLOCK_BATCH=BLOCK_BATCH,
+                BLOCK_CHANNELS=BLOCK_CHANNELS,
+                num_warps=NUM_WARPS,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlfast.backends import _native, choose, is_exporting
+from mlfast.ops import _group_linear_triton
 from mlfast.ops._checks import check_device, check_float_tensor
 from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
@@ -193,27 +194,11 @@ def _launch_backward_cpu(
     )
 
 
-def _launch_triton(sizes: Sizes, x: Tensor, weight: Tensor, *others: Any) -> None:
-    from mlfast.kernels.group_linear import group_linear as kernel
-
-    kernel(sizes, *_of_32_bits_beside_64(x, weight), *others)
-
-
-def _launch_backward_triton(sizes: Sizes, grad_out: Tensor, x: Tensor, weight: Tensor, *others: Any) -> None:
-    from mlfast.kernels.group_linear import group_linear_backward as kernel
-
-    kernel(sizes, grad_out, *_of_32_bits_beside_64(x, weight), *others)
-
-
-def _of_32_bits_beside_64(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Triton 3.6 fails to compile a float64 product of what is loaded as 16 bits."""
-    if {x.element_size(), weight.element_size()} != {2, 8}:
-        return x, weight
-    return (x.float(), weight) if x.element_size() == 2 else (x, weight.float())
-
-
-LAUNCH = {"cpu": _launch_cpu, "triton": _launch_triton}
-LAUNCH_BACKWARD = {"cpu": _launch_backward_cpu, "triton": _launch_backward_triton}
+LAUNCH: dict[str, Callable[..., None]] = {"cpu": _launch_cpu, "triton": _group_linear_triton.launch}
+LAUNCH_BACKWARD: dict[str, Callable[..., None]] = {
+    "cpu": _launch_backward_cpu,
+    "triton": _group_linear_triton.launch_backward,
+}
 
 
 # ------------------------------------------------------------------------------------------------ autograd.Function

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from mlfast.kernels import elementwise_loss as frame
 
-def compile(module, kernel, signature, constants, limit, target):
+def compile(module, kernel, signature, constants, options, target):
     module = importlib.import_module("mlfast.kernels." + module)
     kernel = getattr(module, kernel)
     signature = {**signature, **dict.fromkeys(constants, "constexpr")}
@@ -35,11 +35,9 @@ def compile(module, kernel, signature, constants, limit, target):
         constants,
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": getattr(module, "NUM_WARPS", frame.NUM_WARPS)}
-    if kernel.__name__ == "reweight_pool_kernel" and signature["features"] == "*fp64":
-        options["num_warps"] = module.NUM_WARPS_FLOAT64
-    if limit and target[0] == "cuda":
-        options |= frame.register_limit(*limit)
+    options = {"num_warps": getattr(module, "NUM_WARPS", frame.NUM_WARPS), **options}
+    if target[0] != "cuda":
+        options.pop("maxnreg", None)
     compiled = triton.compile(source, target=GPUTarget(*target), options=options)
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     usage = ""

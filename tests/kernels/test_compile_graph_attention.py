@@ -19,7 +19,7 @@ def jobs(value, computing, drops):
     rows = {"indptr": "*i64", "indices": "*i32"}
     transpose = {"indptr_t": "*i64", "indices_t": "*i32", "edges_t": "*i64"}
     features = 128 if value == "fp64" else 256
-    tile, seed = {"DROPS": drops, "BLOCK_EDGES": 16, "BLOCK_FEATURES": features}, {"seed": "*i64"}
+    tile, seed = {"DROPS": drops, "BLOCK_EDGES": 4, "BLOCK_FEATURES": features}, {"seed": "*i64"}
     forward = scores | rows | seed | pointers(value, "value", "out") | pointers(computing, "statistics")
     backward = scores | transpose | seed | pointers(value, "value", "grad_out", "grad_value")
     backward |= pointers(computing, "statistics", "grad_weights")
@@ -30,13 +30,19 @@ def jobs(value, computing, drops):
     grads = scores | seed | pointers(computing, "weights", "grad", "grad_score_dst")
     columns = pointers(computing, "grad", "grad_score_src") | {"nodes": "i32", "rows": "i32"}
     return [
-        (SPARSE, "graph_attention_kernel", forward | SIZES | NUMBERS, tile, False),
-        (SPARSE, "grad_value_kernel", backward | SIZES | NUMBERS, tile, False),
-        (SPARSE, "grad_logits_kernel", logits | {"heads": "i32", "negative_slope": "fp64"}, {"BLOCK_EDGES": 16}, False),
-        (SPARSE, "grad_score_src_kernel", src | {"heads": "i32"}, {"BLOCK_EDGES": 16}, False),
-        (DENSE, "dense_weights_kernel", weights | block, {"HAS_MASK": True, "DROPS": drops, "BLOCK": 512}, False),
-        (DENSE, "dense_grad_kernel", grads | block, {"DROPS": drops, "BLOCK": 512}, False),
-        (DENSE, "add_columns_kernel", columns, {"BLOCK": 128}, False),
+        (SPARSE, "graph_attention_kernel", forward | SIZES | NUMBERS, tile, {}),
+        (SPARSE, "grad_value_kernel", backward | SIZES | NUMBERS, tile, {"num_warps": 2}),
+        (
+            SPARSE,
+            "grad_logits_kernel",
+            logits | {"heads": "i32", "negative_slope": "fp64"},
+            {"BLOCK_EDGES": 4},
+            {"num_warps": 1},
+        ),
+        (SPARSE, "grad_score_src_kernel", src | {"heads": "i32"}, {"BLOCK_EDGES": 4}, {"num_warps": 1}),
+        (DENSE, "dense_weights_kernel", weights | block, {"HAS_MASK": True, "DROPS": drops, "BLOCK": 512}, {}),
+        (DENSE, "dense_grad_kernel", grads | block, {"DROPS": drops, "BLOCK": 512}, {}),
+        (DENSE, "add_columns_kernel", columns, {"BLOCK": 128}, {}),
     ]
 
 
@@ -64,7 +70,7 @@ def complete_attention_jobs(value):
         ),
     }
     return [
-        (COMPLETE, kernel, {name: pointers[name] for name in tensors.split()} | numbers, constants, False)
+        (COMPLETE, kernel, {name: pointers[name] for name in tensors.split()} | numbers, constants, {})
         for kernel, (tensors, numbers, constants) in names.items()
     ]
 

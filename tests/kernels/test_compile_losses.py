@@ -4,6 +4,9 @@ import re
 
 import pytest
 
+pytest.importorskip("triton", reason="triton is not installed")
+
+from mlfast.kernels.elementwise_loss import register_limit
 from tests.kernels.compilers import H100, TARGETS, assert_no_spills, resources
 
 
@@ -11,7 +14,7 @@ def loss_job(
     op, scores="bf16", target="i8", weighted=False, grad=True, mean=False, elementwise=False,
     powers=(0, 1), smoothed=False, sparse=False, **variant,
 ):  # fmt: skip
-    """With what the launcher specialises the kernel of a loss, and by what it limits registers."""
+    """With what the launcher specialises the kernel of a loss."""
     computing = "fp64" if scores == "fp64" else "fp32"
     optional = {
         "indptr": (sparse, "i64"),
@@ -26,13 +29,13 @@ def loss_job(
     constants = {name: None for name, (present, _) in optional.items() if not present}
     constants |= {"ELEMENTWISE": elementwise, "SMOOTHED": smoothed, "POWER_POS": powers[0], "POWER_NEG": powers[1]}
     constants |= VARIANT[op] | variant | {"MAX_PROGRAMS": 1024, "BLOCK": 512}
-    limit = scores == "fp64", target[0] in "fb", sparse and -1 in powers
-    return op, f"{op}_kernel", signature, constants, limit
+    options = register_limit(scores == "fp64", target[0] in "fb", sparse and -1 in powers)
+    return op, f"{op}_kernel", signature, constants, options
 
 
 def scale_grad_job(grad):
     signature = {"grad": "*" + grad, "factor": "*fp64" if grad == "fp64" else "*fp32", "n": "i64"}
-    return "elementwise_loss", "scale_grad_kernel", signature, {"BLOCK": 512}, False
+    return "elementwise_loss", "scale_grad_kernel", signature, {"BLOCK": 512}, {}
 
 
 AAM, ASL = "aam_loss", "asymmetric_loss"

@@ -2,6 +2,9 @@
 
 import pytest
 
+pytest.importorskip("triton", reason="triton is not installed")
+
+from mlfast.kernels import reweight_pool as pool
 from tests.kernels.compilers import H100, TARGETS, assert_no_spills
 
 
@@ -15,14 +18,14 @@ def cosine_linear_jobs(real):
     for kernel, names in tensors.items():
         signature = dict.fromkeys(names, "*" + real)
         signature |= {"classes" if kernel == "scale_kernel" else "length": "i32"}
-        yield "cosine_linear", kernel, signature, {"BLOCK": 1024}, False
+        yield "cosine_linear", kernel, signature, {"BLOCK": 1024}, {}
 
 
 COSINE_LINEAR = [*cosine_linear_jobs("fp32"), *cosine_linear_jobs("fp64")]
 
 
 def group_linear_job(kernel, x="fp32", weight="fp32", slots=1, cosine=True, bias=False):
-    """A kernel of group_linear with the tile that its launcher takes; 16-bit inputs are multiplied in TF32."""
+    """A kernel of group_linear with the tile that its launcher takes."""
     double = "fp64" in (x, weight)
     computing = "fp64" if double else "fp32"
     kinds = {"x": x, "grad_x": x, "weight": weight, "grad_weight": weight}
@@ -30,24 +33,53 @@ def group_linear_job(kernel, x="fp32", weight="fp32", slots=1, cosine=True, bias
     signature = {name: "*" + kind for name, kind in (dict.fromkeys(pointers, computing) | kinds).items()}
     signature |= dict.fromkeys(("batch", "groups", "features", "slots", "classes"), "i32")
     signature |= {f"{of}_{by}_stride": "i64" for of in ("x", "grad") for by in ("batch", "group")}
-    constants = {"COSINE": cosine, "DOUBLE": double, "PRECISION": "tf32" if x == weight == "bf16" else "ieee"}
-    constants |= {"BLOCK_ROWS": 16, "BLOCK_SLOTS": min(slots, 32)}
-    tile = 16 if double else 64 if constants["PRECISION"] == "tf32" else 32
-    constants |= {"BLOCK_FEATURES": 128 if slots == 1 else tile}
+    tile = (4, 1, 256) if slots == 1 else (16, min(slots, 32), 64)
+    constants = {"COSINE": cosine, "DOUBLE": double}
+    constants |= dict(zip(("BLOCK_ROWS", "BLOCK_SLOTS", "BLOCK_FEATURES"), tile, strict=True))
     if not bias and kernel == "group_linear_kernel":
         constants |= {"bias": None, "cosines": None}
-    return "group_linear", kernel, signature, constants, False
+    return "group_linear", kernel, signature, constants, {"num_warps": 1 if slots == 1 else 4}
 
 
 GROUP_LINEAR_KERNELS = ("group_linear_kernel", "grad_x_kernel", "grad_weight_kernel")
 GROUP_LINEAR = [
     *(group_linear_job(kernel) for kernel in GROUP_LINEAR_KERNELS),
-    *(group_linear_job(kernel, slots=32, bias=True) for kernel in GROUP_LINEAR_KERNELS),
+    *(group_linear_job(kernel, "bf16", "fp32", bias=True) for kernel in GROUP_LINEAR_KERNELS),
+    *(group_linear_job(kernel, "fp64", "fp64") for kernel in GROUP_LINEAR_KERNELS),
     *(group_linear_job(kernel, "bf16", "bf16", slots=32) for kernel in GROUP_LINEAR_KERNELS),
-    *(group_linear_job(kernel, "fp64", "fp64", slots=32) for kernel in GROUP_LINEAR_KERNELS),
-    group_linear_job("group_linear_kernel", "bf16", "fp32", slots=16, cosine=False),
-    group_linear_job("grad_weight_kernel", "fp16", "fp32", slots=16),
+    group_linear_job("group_linear_kernel", "bf16", "fp16", slots=16, cosine=False),
 ]
+
+
+def products_jobs(real, x):
+    """The kernels around the library's products."""
+    others = ["products", "bias", "cosines", "inv_x", "inv_weight", "factors", "shrink_x", "shrink_weight"]
+    kinds = dict.fromkeys(others, "*" + real) | dict.fromkeys(("x", "grad_x", "weight", "grad_weight"), "*" + x)
+    kinds |= dict.fromkeys(("out", "grad_out"), "*" + x)
+    strides = [f"{of}_{by}_stride" for of in ("products", "x", "grad") for by in ("batch", "group")]
+    row, tile, flat = {"BLOCK": 1024}, {"BLOCK_ROWS": 16, "BLOCK_SLOTS": 32}, {"BLOCK": 1024}
+    kernels = {
+        "inv_x_kernel": ("x inv_x", "groups features", strides[2:4], row),
+        "inv_weight_kernel": ("weight inv_weight", "features slots", [], {"BLOCK_SLOTS": 32, "BLOCK_FEATURES": 64}),
+        "place_kernel": (
+            "products inv_x inv_weight bias out cosines", "batch groups slots classes", [], tile | {"COSINE": True},
+        ),
+        "factors_kernel": (
+            "grad_out cosines inv_x inv_weight factors shrink_x", "batch groups slots classes", [],
+            tile | {"COSINE": True},
+        ),
+        "shrink_weight_kernel": ("grad_out cosines inv_weight shrink_weight", "batch slots classes", [], tile),
+        "take_x_kernel": ("products x shrink_x grad_x", "groups features", strides, row),
+        "take_weight_kernel": ("products weight shrink_weight grad_weight", "features slots", [], flat),
+    }  # fmt: skip
+    for kernel, (tensors, sizes, of_strides, constants) in kernels.items():
+        named = [stride.removeprefix("x_") for stride in of_strides] if kernel == "inv_x_kernel" else of_strides
+        signature = {name: kinds[name] for name in tensors.split()}
+        signature |= dict.fromkeys(sizes.split(), "i32") | dict.fromkeys(named, "i64")
+        yield "group_linear_products", kernel, signature, constants, {"num_warps": 1} if constants is row else {}
+
+
+PRODUCTS = [*products_jobs("fp32", "fp32"), *products_jobs("fp32", "bf16"), *products_jobs("fp64", "fp64")]
 
 
 def reweight_pool_jobs(features, channels_last=False, needs_grad=True):
@@ -55,18 +87,19 @@ def reweight_pool_jobs(features, channels_last=False, needs_grad=True):
     computing = "fp64" if features == "fp64" else "fp32"
     kinds = dict.fromkeys(("features", "out", "grad_out", "grad_features"), "*" + features)
     kinds |= dict.fromkeys(("weight", "weight_slope", "grad_weight"), "*" + computing) | {"argmax": "*i32"}
-    tile = {"CHANNELS_LAST": channels_last} | dict(
-        zip(("BLOCK_CHANNELS", "BLOCK_POSITIONS"), (64, 32) if channels_last else (8, 256), strict=True)
-    )
+    channels, positions, num_warps = pool.tile(196, channels_last, features == "fp64")
+    tile = {"CHANNELS_LAST": channels_last, "BLOCK_CHANNELS": channels, "BLOCK_POSITIONS": positions}
+    sums = {"BLOCK_BATCH": pool.BLOCK_BATCH, "BLOCK_CHANNELS": pool.BLOCK_CHANNELS}
     kernels = {
         "reweight_pool_kernel": ("features weight out argmax weight_slope", tile | {"NEEDS_GRAD": needs_grad}),
         "grad_features_kernel": ("grad_out weight argmax grad_features", tile),
-        "grad_weight_kernel": ("grad_out weight_slope grad_weight", {"BLOCK": 128}),
+        "grad_weight_kernel": ("grad_out weight_slope grad_weight", sums),
     }
     for kernel, (tensors, constants) in kernels.items():
         sizes = ("batch", "channels") if kernel == "grad_weight_kernel" else ("channels", "positions")
         signature = {name: kinds[name] for name in tensors.split()} | dict.fromkeys(sizes, "i32")
-        yield "reweight_pool", kernel, signature, constants, False
+        options = {} if kernel == "grad_weight_kernel" else {"num_warps": num_warps}
+        yield "reweight_pool", kernel, signature, constants, options
 
 
 REWEIGHT_POOL = [
@@ -76,7 +109,7 @@ REWEIGHT_POOL = [
     *reweight_pool_jobs("fp64", channels_last=True),
     next(reweight_pool_jobs("fp16", needs_grad=False)),
 ]
-EVERY_JOB = [*COSINE_LINEAR, *GROUP_LINEAR, *REWEIGHT_POOL]
+EVERY_JOB = [*COSINE_LINEAR, *GROUP_LINEAR, *PRODUCTS, *REWEIGHT_POOL]
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
@@ -84,7 +117,6 @@ def test_kernels_do_not_spill(compile_triton, target):
     assert_no_spills(EVERY_JOB, compile_triton, target)
 
 
-def test_group_linear_of_16_bits_runs_on_tensor_cores(compile_triton):
-    for job, result in zip(EVERY_JOB, compile_triton(EVERY_JOB, H100), strict=True):
-        if job[0] == "group_linear":
-            assert ("tf32" in result["text"]) == (job[3]["PRECISION"] == "tf32"), job
+def test_group_linear_of_several_slots_runs_on_tensor_cores(compile_triton):
+    for job, result in zip(GROUP_LINEAR, compile_triton(GROUP_LINEAR, H100), strict=True):
+        assert ("tf32" in result["text"]) == (job[3]["BLOCK_SLOTS"] > 1), job

@@ -68,8 +68,10 @@ def test_parity_with_timm(backend, device, options):
     scores, target = example(9, 40, torch.float32, torch.bool, device)
     logits = (scores * 5).requires_grad_()
     settings = {"gamma_pos": 0.0} | options
-    theirs = AsymmetricLossMultiLabel(**settings)(logits, target.float())
-    mine = asymmetric_loss(logits, target, reduction="batchmean", **settings)
+    criterion = AsymmetricLossMultiLabel(**settings)
+    # An image at a time: some versions of timm take the sum over a batch, others the mean over its images.
+    theirs = sum(map(criterion, logits.split(1), target.float().split(1)))
+    mine = asymmetric_loss(logits, target, **settings)
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (mine, theirs)), rtol=1e-4, atol=1e-5)
 
@@ -127,7 +129,8 @@ def test_compile_whole_and_opcheck(backend, device):
     torch.library.opcheck(torch.ops.mlfast.asymmetric_loss, (scores, target, None, None, *numbers, True))
     compiled = torch.compile(asymmetric_loss, fullgraph=True, dynamic=True, backend="aot_eager")
     expected = loss_and_grad(scores, target)
-    torch.testing.assert_close(evaluate(compiled, scores, target), expected)
+    # What the compiler makes of the incoming gradient may be rounded otherwise; these are float32 results as float64.
+    torch.testing.assert_close(evaluate(compiled, scores, target), expected, rtol=1.3e-6, atol=1e-5)
 
 
 def test_module_is_the_function():

@@ -15,6 +15,7 @@ X = torch.rand(4, 8, generator=GENERATOR) * 2 - 1
 LABELS = torch.rand(4, 8, generator=GENERATOR) < 0.5
 SCORES = torch.randn(2, 4, 1, generator=GENERATOR)
 WEIGHT = torch.randn(2, 4, 3, generator=GENERATOR)
+GRAPH = mlfast.Graph.from_edges(torch.tensor([[0], [1]]), 4)
 CALLS = {
     "aam_loss": lambda x: F.aam_loss(x, LABELS),
     "asymmetric_loss": lambda x: F.asymmetric_loss(x, LABELS),
@@ -23,9 +24,7 @@ CALLS = {
     "reweight_pool": lambda x: F.reweight_pool(x.view(2, 4, 2, 2), SCORES[0, :, 0]),
     "graph_attention": lambda x: F.graph_attention(x[:, None], *SCORES),
     "graph_attention, mask": lambda x: F.graph_attention(x[:, None], *SCORES, torch.ones(4, 4)),
-    "graph_attention, Graph": lambda x: F.graph_attention(
-        x[:, None], *SCORES, mlfast.Graph.from_edges(torch.tensor([[0], [1]]), 4)
-    ),
+    "graph_attention, Graph": lambda x: F.graph_attention(x[:, None], *SCORES, GRAPH),
 }
 each_op = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 

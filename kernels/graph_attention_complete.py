@@ -19,6 +19,8 @@ CHUNK = 64
 BLOCK = 16
 SCANNED = 32  # chunks of a tile of the scan
 NUM_WARPS = 8
+BLOCK_ITEMS = 256  # of the weights
+LARGEST = tl.constexpr(1.7976931348623157e308)  # float64
 
 
 @triton.jit
@@ -64,6 +66,45 @@ def _shares(sums, head, number, chunks, heads, columns, is_source, before, after
     left += tl.cumsum(tl.where(is_source, after, 0.0), 0)
     right += tl.cumsum(tl.where(is_source, before, 0.0), 0, reverse=True)
     return before * left, after * right
+
+
+@triton.jit(do_not_specialize=["nodes", "heads"])
+def weights_kernel(
+    sorted_order, score_src, score_dst, top, order, weights, negative_slope: tl.float64,
+    nodes: tl.int32, heads: tl.int32, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The weights of rows and sources, before and after, in their merged order; those of the rows not normalised yet.
+
+    Args:
+        sorted_order: Pointer to [heads, 2 nodes], int64: i < nodes is row i, nodes + j is source j.
+        score_src, score_dst: Pointers to [nodes, heads], any float type.
+        top: Pointer to [heads]: the largest score_src.
+        order: Pointer to [heads, 2 nodes], int32: receives the order.
+        weights: Pointer to [2, heads, 2 nodes], float64: receives the weights.
+        negative_slope: Of the LeakyReLU.
+        nodes, heads: Sizes.
+        BLOCK: Items of a program.
+    """
+    items = 2 * nodes
+    head = tl.program_id(1).to(tl.int64)
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < items
+    at = head * items + position
+    item = tl.load(sorted_order + at, mask=inside, other=0)
+    is_source = item >= nodes
+    highest = _widened(tl.load(top + head))
+    source = _widened(tl.load(score_src + (item - nodes) * heads + head, mask=inside & is_source, other=0.0))
+    row = _widened(tl.load(score_dst + item * heads + head, mask=inside & ~is_source, other=0.0))
+    # Finite scores far apart must not make 0 * inf; those that are not finite must stay NaN.
+    gap = source - highest
+    gap = tl.where((source - source == 0) & (gap < -LARGEST), -LARGEST, gap)
+    above = row + highest
+    above = tl.where(above < 0, 0.0, tl.where(above > LARGEST, LARGEST, above))
+    before = tl.where(is_source, tl.exp(negative_slope * gap), 1.0)
+    after = tl.where(is_source, tl.exp(gap), tl.exp((negative_slope - 1) * above) + (row - row))
+    tl.store(order + at, item.to(tl.int32), mask=inside)
+    tl.store(weights + at, before, mask=inside)
+    tl.store(weights + heads.to(tl.int64) * items + at, after, mask=inside)
 
 
 @triton.jit(do_not_specialize=["nodes", "heads", "columns"])
@@ -264,6 +305,24 @@ def grad_scores_kernel(
     node = tl.where(is_source, item - nodes, item).to(tl.int64)
     tl.store(grad_dst + node * heads + head, by_dst, mask=inside & ~is_source)
     tl.store(grad_src + node * heads + head, by_src, mask=inside & is_source)
+
+
+def merged_weights(
+    sorted_order: torch.Tensor,
+    score_src: torch.Tensor,
+    score_dst: torch.Tensor,
+    top: torch.Tensor,
+    negative_slope: float,
+    order: torch.Tensor,
+    weights: torch.Tensor,
+) -> None:
+    """Launches weights_kernel, which documents the tensors."""
+    nodes, heads = score_src.shape
+    with torch.cuda.device_of(score_src):
+        weights_kernel[triton.cdiv(2 * nodes, BLOCK_ITEMS), heads](
+            sorted_order, score_src, score_dst, top, order, weights, negative_slope, nodes, heads,
+            BLOCK=BLOCK_ITEMS, num_warps=NUM_WARPS,
+        )  # fmt: skip
 
 
 def num_chunks(nodes: int) -> int:

@@ -89,19 +89,11 @@ def _launch_backward_cpu(
     _native.graph_attention_complete_backward_cpu(*grad_out.shape, *types, negative_slope, *addresses)
 
 
-def merge(score_src: Tensor, score_dst: Tensor, negative_slope: float) -> tuple[Tensor, Tensor]:
-    """The merged order and its weights in plain PyTorch, for a GPU. Those of the rows are not normalised yet."""
-    dtype = computing_dtype(score_src.dtype)
+def sorted_together(score_src: Tensor, score_dst: Tensor) -> Tensor:
+    """The merged order [H, 2 K], int64, in plain PyTorch."""
+    keys = torch.cat((-score_dst, score_src)).to(computing_dtype(score_src.dtype)).t()
     # Rows come first, and the sort is stable: a source that ties with a row stands behind it.
-    order = torch.cat((-score_dst, score_src)).to(dtype).t().argsort(dim=1, descending=True, stable=True)
-    row, source = score_dst.double().t(), score_src.double().t()
-    top, largest = source.amax(dim=1, keepdim=True), torch.finfo(torch.float64).max
-    # Finite scores far apart must not make 0 * inf; those that are not finite must stay NaN.
-    gap = torch.where(source.isfinite(), (source - top).clamp(min=-largest), source - top)
-    of_negative = ((negative_slope - 1) * (row + top).clamp(0, largest)).exp() + (row - row)
-    before = torch.cat((torch.ones_like(row), (negative_slope * gap).exp()), dim=1)
-    after = torch.cat((of_negative, gap.exp()), dim=1)
-    return order, torch.stack((before.gather(1, order), after.gather(1, order)))
+    return keys.argsort(dim=1, descending=True, stable=True)
 
 
 def _new_sums(value: Tensor, width: int) -> Tensor:
@@ -114,10 +106,13 @@ def _launch_triton(
     negative_slope: float, value: Tensor, score_src: Tensor, score_dst: Tensor, out: Tensor, *merged: Tensor
 ) -> None:
     from mlfast.kernels.graph_attention_complete import graph_attention_complete as kernel
+    from mlfast.kernels.graph_attention_complete import merged_weights
 
     order, normalised = merged
-    sorted_order, weights = merge(score_src, score_dst, negative_slope)
-    kernel(value, order.copy_(sorted_order), weights, _new_sums(value, value.shape[2] + 1), out, normalised)
+    weights = torch.empty_like(normalised)
+    in_order = sorted_together(score_src, score_dst).contiguous()
+    merged_weights(in_order, score_src, score_dst, score_src.amax(dim=0), negative_slope, order, weights)
+    kernel(value, order, weights, _new_sums(value, value.shape[2] + 1), out, normalised)
 
 
 def _launch_backward_triton(

@@ -50,11 +50,18 @@ def complete_attention_jobs(value):
     """The kernels of _graph_attention_complete for values of one type."""
     f64 = dict.fromkeys(("weights", "sums", "sums_rows", "sums_sources", "sums_delta", "dots", "normalised"), "*fp64")
     pointers = f64 | dict.fromkeys(("x", "value", "out", "grad_out", "grad_value"), "*" + value)
-    pointers |= {"order": "*i32", "grad_src": "*fp64", "grad_dst": "*fp64"}
+    pointers |= {"sorted_order": "*i64", "order": "*i32", "grad_src": "*fp64", "grad_dst": "*fp64"}
+    computing = "*fp64" if value == "fp64" else "*fp32"
+    pointers |= dict.fromkeys(("score_src", "score_dst", "top"), computing)
     sizes = dict.fromkeys(("nodes", "heads", "columns"), "i32")
     scan = {"heads": "i32", "chunks": "i32", "width": "i32"}
     chunk, tile = {"CHUNK": 64}, {"CHUNK": 64, "BLOCK": 16}
     names = {
+        "weights_kernel": (
+            "sorted_order score_src score_dst top order weights",
+            {"negative_slope": "fp64", "nodes": "i32", "heads": "i32"},
+            {"BLOCK": 256},
+        ),
         "chunk_sums_kernel": ("x order weights sums", sizes, {"OF_SOURCES": True} | tile),
         "scan_kernel": ("sums", scan, {"SCANNED": 32, "BLOCK": 16}),
         "collect_kernel": ("value order weights sums out normalised", sizes, tile),

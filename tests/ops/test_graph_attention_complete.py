@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mlfast.functional import graph_attention
 from mlfast.ops import graph_attention as op
-from mlfast.ops._graph_attention_complete import LAUNCH, LAUNCH_BACKWARD, merge, new_merged
+from mlfast.ops._graph_attention_complete import LAUNCH, LAUNCH_BACKWARD, new_merged, sorted_together
 from tests.ops.policy import FLOATS, assert_bit_equal, assert_error, assert_written, guarded, over_threads
 
 SLOPES = (0.2, 0.0, 1.0)
@@ -270,9 +270,11 @@ def test_the_merged_order_is_that_of_plain_pytorch(backend):
     value, src, dst = example((200, 3, 1), torch.float64, grid=4)
     merged = new_merged(value)
     LAUNCH["cpu"](0.2, value, src, dst, torch.empty_like(value), *merged)
-    order, weights = merge(src, dst, 0.2)
+    order = sorted_together(src, dst)
     assert torch.equal(merged.order, order.int())
     sources = order >= 200
+    gap = src.t().gather(1, (order - 200).clamp(min=0)) - src.amax(0)[:, None]
+    weights = torch.stack([(0.2 * gap).exp(), gap.exp()])
     torch.testing.assert_close(merged.weights[:, sources], weights[:, sources])
 
 

@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-# A program is one warp, so that no sum crosses warps, and its edges are few, for most labels have few neighbours.
-BLOCK_EDGES = 4
+# A program is one warp, so that no sum crosses warps, and its edges are few, for most labels have few neighbours: with
+# more ptxas spills, backward with more than two.
+BLOCK_EDGES, BLOCK_EDGES_BACKWARD = 4, 2
 TILE_BYTES = 1024  # of a neighbour's vector: with four edges 32 float32 elements a thread
 NUM_WARPS = 1
-NUM_WARPS_GRAD_VALUE = 2  # with one, ptxas spills
 
 
 @triton.jit
@@ -322,9 +322,9 @@ def graph_attention_backward(
             threshold,
             scale,
             DROPS=drops,
-            BLOCK_EDGES=BLOCK_EDGES,
+            BLOCK_EDGES=BLOCK_EDGES_BACKWARD,
             BLOCK_FEATURES=block_features(value),
-            num_warps=NUM_WARPS_GRAD_VALUE,
+            num_warps=NUM_WARPS,
         )
         grad_logits_kernel[grid](
             score_src,
@@ -337,8 +337,8 @@ def graph_attention_backward(
             heads,
             numbers[0],
             BLOCK_EDGES=BLOCK_EDGES,
-            num_warps=1,
+            num_warps=NUM_WARPS,
         )
         grad_score_src_kernel[grid](
-            indptr_t, edges_t, grad_logits, grad_score_src, heads, BLOCK_EDGES=BLOCK_EDGES, num_warps=1
+            indptr_t, edges_t, grad_logits, grad_score_src, heads, BLOCK_EDGES=BLOCK_EDGES, num_warps=NUM_WARPS
         )

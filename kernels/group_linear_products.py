@@ -16,7 +16,7 @@ import triton.language as tl
 from mlfast.kernels.group_linear import Sizes, inverse_length, square_unless_clamped
 
 BLOCK_FEATURES = 1024  # of a row
-BLOCK_ROWS, BLOCK_SLOTS = 16, 32
+BLOCK_ROWS, BLOCK_SLOTS = 16, 16
 TILE_FEATURES = 64  # of a weight's tile with BLOCK_SLOTS
 NUM_WARPS = 4
 

@@ -11,11 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-# Elements of a program's tile. In NCHW a program is one warp, so that no reduction over positions crosses warps; each
-# thread keeps a sum, a maximum and its position for 32 elements, of float64 for 16.
-TILE_NCHW = 1024
+TILE = 1024  # elements of a program's tile in NCHW: 4 channels of 14 x 14
 # In channels_last a tile is 64 channels wide: 128 bytes or more of neighbours in memory.
-TILE_CHANNELS_LAST, CHANNELS_IN_CHANNELS_LAST = 2048, 64
+CHANNELS_IN_CHANNELS_LAST, POSITIONS_IN_CHANNELS_LAST = 64, 32
 BLOCK_BATCH, BLOCK_CHANNELS = 32, 32  # of the sums over the batch
 NUM_WARPS = 4
 
@@ -29,22 +27,29 @@ def _is_above(product, peak):
 @triton.jit
 def _pool_tile(
     row, weight, inside_channels, positions, stride,
-    T: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
+    T: tl.constexpr, WHOLE: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """Sum of the features, maximum of the products and where it is first, for each of BLOCK_CHANNELS channels."""
-    total = tl.zeros((BLOCK_CHANNELS, BLOCK_POSITIONS), T)
-    peak = tl.full((BLOCK_CHANNELS, BLOCK_POSITIONS), float("-inf"), T)
-    argmax = tl.zeros((BLOCK_CHANNELS, BLOCK_POSITIONS), tl.int32)
-    for start in range(0, positions, BLOCK_POSITIONS):
-        position = start + tl.arange(0, BLOCK_POSITIONS)
-        inside = inside_channels[:, None] & (position < positions)[None, :]
-        f = tl.load(row[:, None] + position.to(tl.int64)[None, :] * stride, mask=inside, other=0.0).to(T)
-        product = weight[:, None] * f
-        above = _is_above(product, peak) & inside
-        total += f
-        peak = tl.where(above, product, peak)
-        argmax = tl.where(above, position[None, :], argmax)
-    # A lane that saw -inf alone, or nothing, still says position 0; it counts only where all did.
+    lane = tl.arange(0, BLOCK_POSITIONS)
+    if WHOLE:  # one tile: nothing to compare with
+        inside = inside_channels[:, None] & (lane < positions)[None, :]
+        total = tl.load(row[:, None] + lane[None, :] * stride, mask=inside, other=0.0).to(T)
+        peak = tl.where(inside, weight[:, None] * total, float("-inf"))
+        argmax = tl.zeros((BLOCK_CHANNELS, BLOCK_POSITIONS), tl.int32) + lane[None, :]
+    else:
+        total = tl.zeros((BLOCK_CHANNELS, BLOCK_POSITIONS), T)
+        peak = tl.full((BLOCK_CHANNELS, BLOCK_POSITIONS), float("-inf"), T)
+        argmax = tl.zeros((BLOCK_CHANNELS, BLOCK_POSITIONS), tl.int32)
+        for start in range(0, positions, BLOCK_POSITIONS):
+            position = start + lane
+            inside = inside_channels[:, None] & (position < positions)[None, :]
+            f = tl.load(row[:, None] + position.to(tl.int64)[None, :] * stride, mask=inside, other=0.0).to(T)
+            product = weight[:, None] * f
+            above = _is_above(product, peak) & inside
+            total += f
+            peak = tl.where(above, product, peak)
+            argmax = tl.where(above, position[None, :], argmax)
+    # A lane that saw -inf alone, or nothing, still says its first position; it counts only where all did.
     is_nan = peak != peak
     some_nan = tl.max(is_nan.to(tl.int32), axis=1) > 0
     highest = tl.max(tl.where(is_nan, float("-inf"), peak), axis=1)
@@ -56,7 +61,7 @@ def _pool_tile(
 @triton.jit(do_not_specialize=["channels", "positions"])
 def reweight_pool_kernel(
     features, weight, out, argmax, weight_slope, channels: tl.int32, positions: tl.int32,
-    CHANNELS_LAST: tl.constexpr, NEEDS_GRAD: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, NEEDS_GRAD: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """Mean plus maximum of weight * features over positions; a program has BLOCK_CHANNELS channels of one image.
@@ -72,6 +77,7 @@ def reweight_pool_kernel(
         channels, positions: Sizes.
         CHANNELS_LAST: The order of features in memory.
         NEEDS_GRAD: Whether argmax and weight_slope are written.
+        WHOLE: Whether a tile holds all positions.
         BLOCK_CHANNELS, BLOCK_POSITIONS: The tile.
     """
     T: tl.constexpr = tl.float64 if features.dtype.element_ty == tl.float64 else tl.float32
@@ -85,7 +91,7 @@ def reweight_pool_kernel(
         row, stride = features + image * positions * channels + channel, channels.to(tl.int64)
     else:
         row, stride = features + to * positions, tl.full((), 1, tl.int64)
-    total, peak, first = _pool_tile(row, w, inside, positions, stride, T, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    total, peak, first = _pool_tile(row, w, inside, positions, stride, T, WHOLE, BLOCK_CHANNELS, BLOCK_POSITIONS)
     mean = total / positions.to(T)
     tl.store(out + to, (w * mean + peak).to(out.dtype.element_ty), mask=inside)
     if NEEDS_GRAD:
@@ -161,13 +167,16 @@ def grad_weight_kernel(
 Sizes = tuple[int, int, int, bool]  # batch, channels, positions, channels_last
 
 
-def tile(positions: int, channels_last: bool, double: bool) -> tuple[int, int, int]:
-    """Channels and positions of a program's tile, and its warps."""
+def tile(positions: int, channels_last: bool, forward: bool) -> dict[str, int]:
+    """A program's tile and its warps, as they were the fastest on an H200."""
     if channels_last:
-        return CHANNELS_IN_CHANNELS_LAST, TILE_CHANNELS_LAST // CHANNELS_IN_CHANNELS_LAST, 8
-    elements = TILE_NCHW // 2 if double else TILE_NCHW
-    wide = max(min(triton.next_power_of_2(positions), elements), 32)
-    return elements // wide, wide, 1
+        channels = CHANNELS_IN_CHANNELS_LAST if forward else CHANNELS_IN_CHANNELS_LAST // 2
+        wide, num_warps = POSITIONS_IN_CHANNELS_LAST, 8 if forward else 4
+    else:
+        elements, num_warps = (TILE, 2) if forward else (TILE // 2, 1)
+        wide = max(min(triton.next_power_of_2(positions), elements), 32)
+        channels = elements // wide
+    return {"BLOCK_CHANNELS": channels, "BLOCK_POSITIONS": wide, "num_warps": num_warps}
 
 
 def reweight_pool(
@@ -180,9 +189,9 @@ def reweight_pool(
 ) -> None:
     """Launches reweight_pool_kernel, which documents the tensors; an empty ``argmax`` is not written."""
     batch, channels, positions, channels_last = sizes
-    block_channels, block_positions, num_warps = tile(positions, channels_last, features.dtype == torch.float64)
+    chosen = tile(positions, channels_last, True)
     with torch.cuda.device_of(features):
-        reweight_pool_kernel[(batch * triton.cdiv(channels, block_channels),)](
+        reweight_pool_kernel[(batch * triton.cdiv(channels, chosen["BLOCK_CHANNELS"]),)](
             features,
             weight,
             out,
@@ -192,9 +201,8 @@ def reweight_pool(
             positions,
             CHANNELS_LAST=channels_last,
             NEEDS_GRAD=argmax.numel() > 0,
-            BLOCK_CHANNELS=block_channels,
-            BLOCK_POSITIONS=block_positions,
-            num_warps=num_warps,
+            WHOLE=positions <= chosen["BLOCK_POSITIONS"],
+            **chosen,
         )
 
 
@@ -209,10 +217,10 @@ def reweight_pool_backward(
 ) -> None:
     """Launches grad_features_kernel and grad_weight_kernel, each where its result is wanted."""
     batch, channels, positions, channels_last = sizes
-    block_channels, block_positions, num_warps = tile(positions, channels_last, weight.dtype == torch.float64)
+    chosen = tile(positions, channels_last, False)
     with torch.cuda.device_of(grad_out):
         if grad_features is not None:
-            grad_features_kernel[(batch * triton.cdiv(channels, block_channels),)](
+            grad_features_kernel[(batch * triton.cdiv(channels, chosen["BLOCK_CHANNELS"]),)](
                 grad_out,
                 weight,
                 argmax,
@@ -220,9 +228,7 @@ def reweight_pool_backward(
                 channels,
                 positions,
                 CHANNELS_LAST=channels_last,
-                BLOCK_CHANNELS=block_channels,
-                BLOCK_POSITIONS=block_positions,
-                num_warps=num_warps,
+                **chosen,
             )
         if grad_weight is not None:
             grad_weight_kernel[(triton.cdiv(channels, BLOCK_CHANNELS),)](

@@ -61,6 +61,7 @@ __device__ __forceinline__ void load_labels_of(Label (&y)[V], const void* target
 // branches that all threads take alike, for eight times as many kernels would take eight times as long to compile and
 // load.
 struct ByteTarget {
+  static constexpr int kResident = 8;
   template <typename T>
   using HardLabel = int;
 
@@ -71,6 +72,7 @@ struct ByteTarget {
 };
 
 struct AnyTarget {
+  static constexpr int kResident = 7;
   template <typename T>
   using HardLabel = T;
 
@@ -103,6 +105,7 @@ __device__ __noinline__ unsigned int positives_call(const SparseTarget& target, 
 }
 
 struct SparseLabels {
+  static constexpr int kResident = 6;
   template <typename T>
   using HardLabel = int;
 
@@ -177,21 +180,21 @@ __device__ __forceinline__ void evaluate(LossGrad<T> (&r)[V], const Vector<Score
     if (labels[j] < Label(0)) r[j] = {T(0), T(0)};  // NaN labels are not unknown: they must show
 }
 
-// A thread's vectors of one step, which are all loaded before the first of them is used: two, to have more bytes on
-// their way, where the registers allow it.
-template <typename Score, typename Formula>
-constexpr int kVectors = sizeof(Score) == 4 && Formula::kFewRegisters ? 2 : 1;
+// A thread's vectors of one step, which are all loaded before the first of them is used. With labels of float there are
+// two, to have more bytes on their way, where the registers allow it.
+template <typename Score, typename Target, typename Formula>
+constexpr int kVectors = sizeof(Score) == 4 && std::is_same_v<Target, AnyTarget> && Formula::kFewRegisters ? 2 : 1;
 
 // Blocks that a multiprocessor holds at once, which bounds their registers: left to its own guess the compiler spills.
-template <typename T, typename Formula>
-constexpr int kResident = sizeof(T) == 4 && Formula::kFewRegisters ? 6 : 4;
+template <typename T, typename Target, typename Formula>
+constexpr int kResident = sizeof(T) == 4 && Formula::kFewRegisters ? Target::kResident : 4;
 
 // The task is a __grid_constant__ so that a reference to its parameters can be passed on without a copy per thread.
 template <typename Score, typename Target, typename Formula, typename T, typename Params>
-__global__ void __launch_bounds__(kThreads, (kResident<T, Formula>))
+__global__ void __launch_bounds__(kThreads, (kResident<T, Target, Formula>))
     loss_kernel(const __grid_constant__ Task<T, Params> task) {
   constexpr int V = 16 / sizeof(Score);
-  constexpr int vectors = kVectors<Score, Formula>;
+  constexpr int vectors = kVectors<Score, Target, Formula>;
   constexpr int64_t span = kThreads * V;  // of the block's vectors
   constexpr bool hard = !std::is_same_v<Formula, typename Formula::Soft>;
   using Label = std::conditional_t<hard, typename Target::template HardLabel<T>, T>;
@@ -269,9 +272,9 @@ void launch(void (*kernel)(Params...), int64_t n, int per_thread, int64_t most_b
 
 template <typename Score, typename Target, typename Formula, typename T, typename Params>
 void launch_formula(const Task<T, Params>& task, Formula, uintptr_t stream) {
-  constexpr int64_t most_blocks = kMultiprocessors * kResident<T, Formula>;
+  constexpr int64_t most_blocks = kMultiprocessors * kResident<T, Target, Formula>;
   static_assert(most_blocks <= kMaxBlocks);
-  launch(loss_kernel<Score, Target, Formula, T, Params>, task.n, kVectors<Score, Formula> * 16 / sizeof(Score),
+  launch(loss_kernel<Score, Target, Formula, T, Params>, task.n, kVectors<Score, Target, Formula> * 16 / sizeof(Score),
          most_blocks, stream, task);
 }
 

@@ -16,6 +16,9 @@ from mlfast.ops._graph_attention_complete import complete_attention
 from mlfast.ops._graph_attention_dense import dense_attention
 from mlfast.ops._graph_attention_sparse import SERVED, sparse_attention
 
+# Below, the dozen launches of the other route take longer than K x K weights. Measured on an H200.
+FEWEST_COMPLETE_ON_A_GPU = 800
+
 # ------------------------------------------------------------------------------------------------------- reference
 
 
@@ -109,7 +112,8 @@ def graph_attention(
     backend = "reference" if is_exporting() else choose(value.device, SERVED)
     if backend == "reference":
         return reference(value, score_src, score_dst, as_mask(graph), negative_slope, dropout, seed)
-    if graph is None and seed is None and negative_slope <= 1:
+    small = value.device.type == "cuda" and value.shape[0] < FEWEST_COMPLETE_ON_A_GPU
+    if graph is None and seed is None and negative_slope <= 1 and not small:
         return complete_attention(backend, value, score_src, score_dst, negative_slope)
     if isinstance(graph, Graph) and graph.mask is None:
         return sparse_attention(backend, value, score_src, score_dst, graph, negative_slope, dropout, seed)

@@ -31,15 +31,15 @@ def jobs(value, computing, drops):
     columns = pointers(computing, "grad", "grad_score_src") | {"nodes": "i32", "rows": "i32"}
     return [
         (SPARSE, "graph_attention_kernel", forward | SIZES | NUMBERS, tile, {}),
-        (SPARSE, "grad_value_kernel", backward | SIZES | NUMBERS, tile, {"num_warps": 2}),
+        (SPARSE, "grad_value_kernel", backward | SIZES | NUMBERS, tile | {"BLOCK_EDGES": 2}, {}),
         (
             SPARSE,
             "grad_logits_kernel",
             logits | {"heads": "i32", "negative_slope": "fp64"},
             {"BLOCK_EDGES": 4},
-            {"num_warps": 1},
+            {},
         ),
-        (SPARSE, "grad_score_src_kernel", src | {"heads": "i32"}, {"BLOCK_EDGES": 4}, {"num_warps": 1}),
+        (SPARSE, "grad_score_src_kernel", src | {"heads": "i32"}, {"BLOCK_EDGES": 4}, {}),
         (DENSE, "dense_weights_kernel", weights | block, {"HAS_MASK": True, "DROPS": drops, "BLOCK": 512}, {}),
         (DENSE, "dense_grad_kernel", grads | block, {"DROPS": drops, "BLOCK": 512}, {}),
         (DENSE, "add_columns_kernel", columns, {"BLOCK": 128}, {}),
@@ -55,7 +55,7 @@ def complete_attention_jobs(value):
     pointers |= dict.fromkeys(("score_src", "score_dst", "top"), computing)
     sizes = dict.fromkeys(("nodes", "heads", "columns"), "i32")
     scan = {"heads": "i32", "chunks": "i32", "width": "i32"}
-    chunk, tile = {"CHUNK": 64}, {"CHUNK": 64, "BLOCK": 16}
+    chunk, tile = {"CHUNK": 64}, {"CHUNK": 64, "BLOCK": 8}
     names = {
         "weights_kernel": (
             "sorted_order score_src score_dst top order weights",
@@ -63,7 +63,7 @@ def complete_attention_jobs(value):
             {"BLOCK": 256},
         ),
         "chunk_sums_kernel": ("x order weights sums", sizes, {"OF_SOURCES": True} | tile),
-        "scan_kernel": ("sums", scan, {"SCANNED": 32, "BLOCK": 16}),
+        "scan_kernel": ("sums", scan, {"SCANNED": 64, "BLOCK": 8}),
         "collect_kernel": ("value order weights sums out normalised", sizes, tile),
         "collect_backward_kernel": (
             "grad_out value order weights sums_rows sums_sources grad_value dots sums_delta",

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 from mlfast.kernels import reweight_pool as pool
+from mlfast.kernels.group_linear import tile
 from tests.kernels.compilers import H100, TARGETS, assert_no_spills
 
 
@@ -33,12 +34,11 @@ def group_linear_job(kernel, x="fp32", weight="fp32", slots=1, cosine=True, bias
     signature = {name: "*" + kind for name, kind in (dict.fromkeys(pointers, computing) | kinds).items()}
     signature |= dict.fromkeys(("batch", "groups", "features", "slots", "classes"), "i32")
     signature |= {f"{of}_{by}_stride": "i64" for of in ("x", "grad") for by in ("batch", "group")}
-    tile = (4, 1, 256) if slots == 1 else (16, min(slots, 32), 64)
-    constants = {"COSINE": cosine, "DOUBLE": double}
-    constants |= dict(zip(("BLOCK_ROWS", "BLOCK_SLOTS", "BLOCK_FEATURES"), tile, strict=True))
+    constants = {"COSINE": cosine, "DOUBLE": double} | tile(slots, kernel == "group_linear_kernel")
+    options = {"num_warps": constants.pop("num_warps")}
     if not bias and kernel == "group_linear_kernel":
         constants |= {"bias": None, "cosines": None}
-    return "group_linear", kernel, signature, constants, {"num_warps": 1 if slots == 1 else 4}
+    return "group_linear", kernel, signature, constants, options
 
 
 GROUP_LINEAR_KERNELS = ("group_linear_kernel", "grad_x_kernel", "grad_weight_kernel")
@@ -57,10 +57,10 @@ def products_jobs(real, x):
     kinds = dict.fromkeys(others, "*" + real) | dict.fromkeys(("x", "grad_x", "weight", "grad_weight"), "*" + x)
     kinds |= dict.fromkeys(("out", "grad_out"), "*" + x)
     strides = [f"{of}_{by}_stride" for of in ("products", "x", "grad") for by in ("batch", "group")]
-    row, tile, flat = {"BLOCK": 1024}, {"BLOCK_ROWS": 16, "BLOCK_SLOTS": 32}, {"BLOCK": 1024}
+    row, tile, flat = {"BLOCK": 1024}, {"BLOCK_ROWS": 16, "BLOCK_SLOTS": 16}, {"BLOCK": 1024}
     kernels = {
         "inv_x_kernel": ("x inv_x", "groups features", strides[2:4], row),
-        "inv_weight_kernel": ("weight inv_weight", "features slots", [], {"BLOCK_SLOTS": 32, "BLOCK_FEATURES": 64}),
+        "inv_weight_kernel": ("weight inv_weight", "features slots", [], {"BLOCK_SLOTS": 16, "BLOCK_FEATURES": 64}),
         "place_kernel": (
             "products inv_x inv_weight bias out cosines", "batch groups slots classes", [], tile | {"COSINE": True},
         ),
@@ -87,19 +87,20 @@ def reweight_pool_jobs(features, channels_last=False, needs_grad=True):
     computing = "fp64" if features == "fp64" else "fp32"
     kinds = dict.fromkeys(("features", "out", "grad_out", "grad_features"), "*" + features)
     kinds |= dict.fromkeys(("weight", "weight_slope", "grad_weight"), "*" + computing) | {"argmax": "*i32"}
-    channels, positions, num_warps = pool.tile(196, channels_last, features == "fp64")
-    tile = {"CHANNELS_LAST": channels_last, "BLOCK_CHANNELS": channels, "BLOCK_POSITIONS": positions}
+    forward, backward = (pool.tile(196, channels_last, forward) for forward in (True, False))
+    options = [{"num_warps": tile.pop("num_warps")} for tile in (forward, backward)]
+    forward |= {"CHANNELS_LAST": channels_last, "NEEDS_GRAD": needs_grad, "WHOLE": not channels_last}
+    backward |= {"CHANNELS_LAST": channels_last}
     sums = {"BLOCK_BATCH": pool.BLOCK_BATCH, "BLOCK_CHANNELS": pool.BLOCK_CHANNELS}
     kernels = {
-        "reweight_pool_kernel": ("features weight out argmax weight_slope", tile | {"NEEDS_GRAD": needs_grad}),
-        "grad_features_kernel": ("grad_out weight argmax grad_features", tile),
-        "grad_weight_kernel": ("grad_out weight_slope grad_weight", sums),
+        "reweight_pool_kernel": ("features weight out argmax weight_slope", forward, options[0]),
+        "grad_features_kernel": ("grad_out weight argmax grad_features", backward, options[1]),
+        "grad_weight_kernel": ("grad_out weight_slope grad_weight", sums, {}),
     }
-    for kernel, (tensors, constants) in kernels.items():
+    for kernel, (tensors, constants, chosen) in kernels.items():
         sizes = ("batch", "channels") if kernel == "grad_weight_kernel" else ("channels", "positions")
         signature = {name: kinds[name] for name in tensors.split()} | dict.fromkeys(sizes, "i32")
-        options = {} if kernel == "grad_weight_kernel" else {"num_warps": num_warps}
-        yield "reweight_pool", kernel, signature, constants, options
+        yield "reweight_pool", kernel, signature, constants, chosen
 
 
 REWEIGHT_POOL = [

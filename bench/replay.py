@@ -1,5 +1,4 @@
-"""The time of a kernel as it is, on a GPU: a replayed CUDA graph, without Python and without launches, caches cold.
-
+"""The time of a kernel as it is, on a GPU: a replayed CUDA graph, without Python and without launches, caches cold."""
 
 from __future__ import annotations
 

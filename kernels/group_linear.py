@@ -14,20 +14,25 @@ import torch
 import triton
 import triton.language as tl
 
-SMALLEST_LENGTH = tl.constexpr(1e-12)  # shorter vectors count as this long, as in torch.nn.functional.normalize
+# 1 / length of every vector shorter than 1e-12, as in torch.nn.functional.normalize. Stored as it is, not divided: the
+# backward pass knows it again by its bits, however a device rounds divisions.
+MOST_INVERSE = tl.constexpr(1e12)
 
 
 @triton.jit
 def inverse_length(square):
     """1 / length of vectors, of their squared lengths."""
     length = tl.sqrt(square)
-    return 1.0 / tl.where(length < SMALLEST_LENGTH, SMALLEST_LENGTH, length)  # a NaN stays one
+    most = tl.full((), MOST_INVERSE, tl.float64).to(square.dtype)
+    clamped = length * most < 1
+    return tl.where(clamped, most, 1.0 / tl.where(clamped, 1.0, length))  # a NaN stays one
 
 
 @triton.jit
 def square_unless_clamped(inverse):
     """What the derivative of 1 / length is multiplied by: 0 where the length was clamped, and so constant."""
-    return tl.where(inverse * SMALLEST_LENGTH < 0.9999999, inverse * inverse, 0.0)
+    clamped = inverse == tl.full((), MOST_INVERSE, tl.float64).to(inverse.dtype)
+    return tl.where(clamped, 0.0, inverse * inverse)
 
 
 @triton.jit

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlfast.integers import integer
+
 MOST_NODES = 2**31 - 1  # indices are int32
 
 
@@ -66,7 +68,7 @@ class Graph:
         Raises:
             TypeError, ValueError: an argument is not as above, or an index is outside [0, K).
         """
-        _check_size(num_nodes)
+        num_nodes = _checked_size(num_nodes)
         _check_indices("edge_index", edge_index, num_nodes)
         if edge_index.dim() != 2 or edge_index.shape[0] != 2:
             raise ValueError(
@@ -87,13 +89,19 @@ class Graph:
             matrix: [K, K] bool, integer or float, such as a thresholded co-occurrence matrix.
 
         Raises:
-            TypeError, ValueError: ``matrix`` is not as above.
+            TypeError, ValueError: ``matrix`` is not as above, or has a NaN, which is neither an edge nor none.
         """
         if not isinstance(matrix, Tensor) or matrix.is_complex():
             raise TypeError(f"Graph: matrix must be a bool, integer or float tensor, got {_kind(matrix)}")
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"Graph: matrix must be [K, K], got {list(matrix.shape)}")
-        _check_size(matrix.shape[0])
+        if matrix.is_floating_point() and bool((wrong := matrix.isnan()).any()):
+            row, column = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"Graph: matrix must have numbers only, got NaN at [{row}, {column}], {int(wrong.sum())} in all; does "
+                "it divide by the images of a label that has none? matrix.nan_to_num(0) makes no edges of them"
+            )
+        _checked_size(matrix.shape[0])
         rows, columns = (matrix > 0).nonzero().unbind(1)
         return cls(rows, columns, matrix.shape[0])
 
@@ -115,7 +123,7 @@ class Graph:
         if indptr.device != indices.device:
             raise ValueError(f"Graph: indptr and indices must be on one device, got {indptr.device}, {indices.device}")
         num_nodes, counts = indptr.numel() - 1, indptr.long().diff()
-        _check_size(num_nodes)
+        _checked_size(num_nodes)
         if indptr[0] != 0 or indptr[-1] != indices.numel() or bool((counts < 0).any()):
             raise ValueError(
                 f"Graph: indptr must start at 0, not fall, and end at the {indices.numel()} indices; is it the counts "
@@ -169,11 +177,11 @@ def _kind(value: Any) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
-def _check_size(num_nodes: Any) -> None:
-    if not isinstance(num_nodes, int) or isinstance(num_nodes, bool):
-        raise TypeError(f"Graph: num_nodes must be an integer, got {type(num_nodes).__name__}")
+def _checked_size(num_nodes: Any) -> int:
+    num_nodes = integer("Graph", "num_nodes", num_nodes)
     if not 0 <= num_nodes <= MOST_NODES:
         raise ValueError(f"Graph: num_nodes must be from 0 to {MOST_NODES}, got {num_nodes}")
+    return num_nodes
 
 
 def _check_integers(name: str, tensor: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mlfast.integers import integer
 
 
 class SparseTargets:
@@ -20,14 +22,14 @@ class SparseTargets:
         indptr: [B + 1] int64. The positives of row b are ``indices[indptr[b]:indptr[b + 1]]``; starts at 0, never
             falls, ends at the number of indices (on a GPU it may end before, see the page of aam_loss on CUDA graphs).
         indices: [nnz] int32 or int64: the classes of the positives, in [0, K), in any order within a row, each once.
-        num_classes: K.
+        num_classes: K, an int or an integer of NumPy.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
 
     def __init__(self, indptr: Tensor, indices: Tensor, num_classes: int) -> None:
-        _check_kinds(indptr, indices, num_classes)
+        num_classes = _check_kinds(indptr, indices, num_classes)
         indptr, indices = indptr.contiguous(), indices.contiguous()
         if indptr.device.type == "cpu":
             _check_pointers(indptr, len(indices))
@@ -39,27 +41,48 @@ class SparseTargets:
     # ------------------------------------------------------------------------------------------------ other ways in
 
     @classmethod
-    def from_lists(cls, rows: Iterable[Sequence[int]], num_classes: int) -> SparseTargets:
-        """Of one list of class indices per picture."""
-        rows = list(rows)
-        indptr = torch.zeros(len(rows) + 1, dtype=torch.int64)
-        indptr[1:] = torch.tensor([len(row) for row in rows], dtype=torch.int64).cumsum(0)
-        return cls(indptr, torch.tensor([i for row in rows for i in row], dtype=torch.int64), num_classes)
+    def from_lists(cls, rows: Iterable[Collection[int]], num_classes: int) -> SparseTargets:
+        """Of one list of class indices per picture, or an array or tensor of them; on the CPU.
+
+        Raises:
+            TypeError, ValueError: the rows are no lists of integers, or the classes are not as in the constructor.
+        """
+        if not isinstance(rows, Iterable):
+            raise TypeError(f"SparseTargets: rows must be a list of lists of classes, got {type(rows).__name__}")
+        lists = [_classes(number, row) for number, row in enumerate(rows)]
+        indptr = torch.zeros(len(lists) + 1, dtype=torch.int64)
+        indptr[1:] = torch.tensor([len(row) for row in lists], dtype=torch.int64).cumsum(0)
+        return cls(indptr, torch.tensor([i for row in lists for i in row], dtype=torch.int64), num_classes)
 
     @classmethod
     def from_dense(cls, target: Tensor) -> SparseTargets:
         """Of a target [B, K] as the losses take it, without unknown and without soft labels.
 
         On a GPU it waits for the device, as the number of positives decides a shape.
+
+        Raises:
+            TypeError, ValueError: the target is not as above.
         """
+        if not isinstance(target, Tensor) or target.is_complex():
+            kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
+            raise TypeError(
+                f"SparseTargets: target must be a bool, integer or float tensor [B, K], got {kind}; pass "
+                "torch.as_tensor(target) of a value per label, and lists of classes to from_lists"
+            )
         if target.dim() != 2:
             raise ValueError(f"SparseTargets: target must be [B, K], got {list(target.shape)}")
         signed = target.view(torch.int8) if target.dtype == torch.uint8 else target
         positive = signed > 0
         if not bool((positive | (signed == 0)).all()):
-            raise ValueError("SparseTargets: target has unknown labels (< 0, in uint8 255), which CSR cannot hold")
+            raise ValueError(
+                "SparseTargets: target has unknown labels (< 0, in uint8 255) or NaN, which CSR cannot hold; pass the "
+                "losses the tensor"
+            )
         if target.is_floating_point() and not bool((~positive | (target == 1)).all()):
-            raise ValueError("SparseTargets: target has soft labels between 0 and 1, which CSR cannot hold")
+            raise ValueError(
+                "SparseTargets: target has soft labels, other than 0 and 1, which CSR cannot hold; pass the losses the "
+                "tensor"
+            )
         indptr = torch.zeros(len(target) + 1, dtype=torch.int64, device=target.device)
         indptr[1:] = positive.sum(1).cumsum(0)
         return cls._of(indptr, positive.nonzero()[:, 1].contiguous(), target.shape[1])
@@ -108,7 +131,16 @@ class SparseTargets:
     # ------------------------------------------------------------------------------------------------------- moving
 
     def to(self, device: Any, non_blocking: bool = False) -> SparseTargets:
-        """On another device. What comes from a GPU to the CPU is checked there, as in the constructor."""
+        """On another device. What comes from a GPU to the CPU is checked there, as in the constructor.
+
+        Raises:
+            TypeError: an argument is not as above, such as a dtype, which ``Tensor.to`` takes.
+        """
+        if not isinstance(device, (str, int, torch.device)) or not isinstance(non_blocking, bool):
+            raise TypeError(
+                f"SparseTargets: to() takes a device and non_blocking, a bool, got {device!r} and {non_blocking!r}; "
+                "leave out a dtype: classes are integers, whatever the scores are"
+            )
         device = torch.device(device)
         if device.type == self.device.type == "cpu":
             return self
@@ -126,7 +158,21 @@ class SparseTargets:
         return self._of(indptr.pin_memory(), indices.pin_memory(), self.num_classes)
 
 
-def _check_kinds(indptr: Any, indices: Any, num_classes: Any) -> None:
+def _classes(number: int, row: Any) -> Collection[int]:
+    """A row of `SparseTargets.from_lists`, whose elements are ints."""
+    row = row.tolist() if hasattr(row, "tolist") else row  # of NumPy or torch
+    if isinstance(row, str) or not isinstance(row, Collection):
+        raise TypeError(
+            f"SparseTargets: rows must hold a list of classes for each picture, got {type(row).__name__} {row!r} for "
+            f"row {number}; pass [[1, 2]] for one picture of the classes 1 and 2"
+        )
+    if set(map(type, row)) <= {int}:
+        return row
+    return [integer("SparseTargets", f"each class in row {number}", value) for value in row]
+
+
+def _check_kinds(indptr: Any, indices: Any, num_classes: Any) -> int:
+    """Returns the number of classes as an int."""
     for name, tensor, dtypes in (
         ("indptr", indptr, (torch.int64,)),
         ("indices", indices, (torch.int32, torch.int64)),
@@ -141,10 +187,10 @@ def _check_kinds(indptr: Any, indices: Any, num_classes: Any) -> None:
         raise ValueError("SparseTargets: indptr must be [B + 1], one value more than rows, got [0]")
     if indices.device != indptr.device:
         raise ValueError(f"SparseTargets: indices must be on the device of indptr, {indptr.device}: {indices.device}")
-    if not isinstance(num_classes, int) or isinstance(num_classes, bool):
-        raise TypeError(f"SparseTargets: num_classes must be an int, got {type(num_classes).__name__}")
+    num_classes = integer("SparseTargets", "num_classes", num_classes)
     if num_classes < 0:
         raise ValueError(f"SparseTargets: num_classes must be >= 0, got {num_classes}")
+    return num_classes
 
 
 def _check_pointers(indptr: Tensor, nnz: int) -> None:

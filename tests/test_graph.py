@@ -1,5 +1,6 @@
 """mlfast.Graph: what is built from edges, a matrix or CSR, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +23,7 @@ def assert_is_the_graph(graph):
 def test_constructors_agree():
     assert mlfast.Graph is Graph
     assert_is_the_graph(Graph.from_edges(EDGES, 3))
-    assert_is_the_graph(Graph.from_edges(EDGES.int().flip(1), 3))
+    assert_is_the_graph(Graph.from_edges(EDGES.int().flip(1), np.int64(3)))
     assert_is_the_graph(Graph.from_dense(MATRIX))
     assert_is_the_graph(Graph.from_dense(MATRIX > 0))
     assert_is_the_graph(Graph.from_csr(torch.tensor([0, 2, 2, 5]), torch.tensor([2, 1, 1, 0, 0])))
@@ -71,10 +72,15 @@ def test_repr_and_to():
             ValueError,
             r"edge_index must be in \[0, 3\), got -1; count nodes from 0",
         ),
-        (lambda: Graph.from_edges(EDGES, 3.0), TypeError, "num_nodes must be an integer, got float"),
+        (lambda: Graph.from_edges(EDGES, 3.0), TypeError, "num_nodes must be an integer, got float 3.0"),
         (lambda: Graph.from_edges(EDGES, -1), ValueError, "num_nodes must be from 0"),
         (lambda: Graph.from_dense(MATRIX[:2]), ValueError, r"matrix must be \[K, K\], got \[2, 3\]"),
         (lambda: Graph.from_dense([[1]]), TypeError, "matrix must be a bool, integer or float tensor, got list"),
+        (
+            lambda: Graph.from_dense(MATRIX / MATRIX.sum(1, keepdim=True).clamp(min=0)),
+            ValueError,
+            r"got NaN at \[1, 0\], 2 in all; .* matrix.nan_to_num\(0\)",
+        ),
         (lambda: Graph.from_csr(torch.tensor([2, 2]), torch.tensor([0, 0])), ValueError, "cumulative sum with a 0"),
         (
             lambda: Graph.from_csr(torch.tensor([0, 2]), torch.tensor([0, 1])),

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mlfast.integers import integer
 from mlfast.models.backbone import create_backbone, extract_features, probe_features
 from mlfast.models.heads import HEADS, create_head
 from mlfast.models.label_graph import LabelCounts, LabelGraph
@@ -79,9 +80,15 @@ class MultilabelClassifier(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Normalise uint8 images ``[B, 3, H, W]`` on the device where they are: ``(x / 255 - mean) / std``, float32."""
+        """Normalise uint8 images ``[B, 3, H, W]`` on the device where they are: ``(x / 255 - mean) / std``, float32.
+
+        Raises:
+            TypeError, ValueError: images of another dtype or shape.
+        """
         if images.dtype != torch.uint8:
             raise TypeError(f"prepare takes uint8 images in 0..255, got {images.dtype}")
+        if images.dim() != 4 or images.shape[1] != self.mean.shape[1]:
+            raise ValueError(_wrong_shape(images, self.mean.shape[1]))
         return images.float().mul_(1 / 255).sub_(self.mean).div_(self.std)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -206,6 +213,7 @@ def create_model(
         Weights of the backbone that stand behind the features, as the last convolution of MobileNetV3 does, are frozen.
 
     Raises:
+        TypeError: ``num_classes`` is no integer.
         ValueError: unknown backbone (close matches are named), unknown head, features that the head does not take,
             arguments, a graph branch, label vectors or co-occurrence that do not fit.
         ImportError: timm or torchvision is missing; the message names the remedy.
@@ -213,6 +221,7 @@ def create_model(
     head, graph = as_head(head, graph)
     if head not in HEADS:
         raise ValueError(f"unknown head {head!r}; available: {', '.join(map(repr, HEADS))}")
+    num_classes = integer("create_model", "num_classes", num_classes)
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     body = create_backbone(backbone, pretrained=pretrained, image_size=image_size, arguments=backbone_args)
@@ -243,6 +252,15 @@ def as_head(head: str, graph: Any) -> tuple[str, Any]:
             f"graph {graph!r} makes the classifiers, and leaves nothing to the head {head!r}; leave it out"
         )
     return graph, None
+
+
+def _wrong_shape(images: Tensor, channels: int) -> str:
+    remedy = f"convert them to {channels} channels"
+    if images.dim() > 2 and images.shape[-1] == channels:
+        remedy = "channels come last there: pass images.movedim(-1, -3)"
+    elif images.dim() == 3:
+        remedy = "pass images[None] for a batch of one"
+    return f"prepare takes images [B, {channels}, H, W], got {list(images.shape)}; {remedy}"
 
 
 def _pooling(graph: nn.Module) -> str:

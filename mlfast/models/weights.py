@@ -129,13 +129,16 @@ def load_checkpoint(
         What matched, and what did not.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or it is a folder.
         ValueError: the file is damaged, needs pickle, or holds no state dict; or the model is folded, and the file has
             nothing for its constants, which were computed from other weights.
         WeightsMismatchError: (a ValueError) the file gives less than ``min_match``; its ``report`` says what.
     """
     if not 0 <= min_match <= 1:
         raise ValueError(f"load_checkpoint: min_match must be in [0, 1], got {min_match}")
+    if not Path(path).is_file():
+        found = "is a folder; pass the file in it" if Path(path).is_dir() else "does not exist; pass a file that does"
+        raise FileNotFoundError(f"load_checkpoint: path {str(path)!r} {found}, of safetensors or of torch.save")
     model = _unwrapped(model)
     source, tensors = _state_dict(_read(Path(path), allow_pickle), Path(path))
     fitting, report = _match(model, tensors, str(path), source)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mlfast.integers import sizes
 from mlfast.ops.cosine_linear import cosine_linear
 
 
@@ -29,16 +30,14 @@ class CosineLinear(nn.Module):
         ``weight`` is ``[K, D]``, initialised to random directions of length 1.
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: a size below 1, or an input whose last dimension is not D.
     """
 
     def __init__(self, in_features: int, num_classes: int) -> None:
         super().__init__()
-        if in_features < 1 or num_classes < 1:
-            raise ValueError(f"CosineLinear needs sizes of at least 1, got {in_features=} and {num_classes=}")
-        self.in_features = in_features
-        self.num_classes = num_classes
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features))
+        self.in_features, self.num_classes = sizes("CosineLinear", in_features=in_features, num_classes=num_classes)
+        self.weight = nn.Parameter(torch.empty(self.num_classes, self.in_features))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

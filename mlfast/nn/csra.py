@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mlfast.integers import sizes
+
 _TEMPERATURES = {
     1: (1.0,),
     2: (1.0, math.inf),
@@ -48,6 +50,7 @@ class CSRA(nn.Module):
         features ``[B, S, h, w]``; output ``[B, K]``, at least float32 for cosines. ``weight`` is ``[H * K, S]``.
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: sizes or temperatures that do not fit; the message names the remedy.
     """
 
@@ -62,8 +65,9 @@ class CSRA(nn.Module):
         cosine: bool = True,
     ) -> None:
         super().__init__()
-        if in_features < 1 or num_classes < 1 or num_heads < 1:
-            raise ValueError(f"CSRA needs sizes of at least 1, got {in_features=}, {num_classes=} and {num_heads=}")
+        in_features, num_classes, num_heads = sizes(
+            "CSRA", in_features=in_features, num_classes=num_classes, num_heads=num_heads
+        )
         if temperatures is None:
             if num_heads not in _TEMPERATURES:
                 known = ", ".join(map(str, _TEMPERATURES))

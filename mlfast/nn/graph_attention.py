@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlfast.graph import Graph
+from mlfast.integers import sizes
 from mlfast.ops._dtypes import computing_dtype
 from mlfast.ops._graph_attention_scores import has_kernel, value_and_scores
 from mlfast.ops.graph_attention import graph_attention
@@ -37,6 +38,7 @@ class GraphAttention(nn.Module):
         ``att_dst`` are ``[1, H, F]``, all Xavier uniform with gain 1.414 as in the released code of the GAT paper.
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: a size below 1, dropout outside [0, 1), a negative slope below 0, or x that is not [K, N].
     """
 
@@ -50,10 +52,9 @@ class GraphAttention(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        if min(in_features, out_features, num_heads) < 1:
-            raise ValueError(
-                f"GraphAttention needs sizes of at least 1, got {in_features=}, {out_features=} and {num_heads=}"
-            )
+        in_features, out_features, num_heads = sizes(
+            "GraphAttention", in_features=in_features, out_features=out_features, num_heads=num_heads
+        )
         if not 0 <= dropout < 1 or not negative_slope >= 0:
             raise ValueError(
                 f"GraphAttention needs dropout in [0, 1) and a negative slope of at least 0, got {dropout=}, "

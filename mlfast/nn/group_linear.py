@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mlfast.integers import integer, sizes
 from mlfast.ops.group_linear import group_linear
 
 MOST_GROUPS = 100  # of ML-Decoder by default
@@ -30,7 +31,8 @@ class GroupLinear(nn.Module):
         ``weight`` is ``[L, D, f]``, initialised by ``xavier_normal_`` as in ML-Decoder; ``bias`` ``[K]``, zeros.
 
     Raises:
-        ValueError: a size is below 1, or there are more groups than classes.
+        TypeError: a size is no integer.
+        ValueError: a size is below 1, there are more groups than classes, or x is not [B, L, D].
     """
 
     bias: Tensor | None
@@ -44,12 +46,13 @@ class GroupLinear(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        in_features, num_classes = sizes("GroupLinear", in_features=in_features, num_classes=num_classes)
         if num_groups is None:
             num_groups = min(MOST_GROUPS, num_classes)
-        if in_features < 1 or num_classes < 1 or not 1 <= num_groups <= num_classes:
+        num_groups = integer("GroupLinear", "num_groups", num_groups)
+        if not 1 <= num_groups <= num_classes:
             raise ValueError(
-                "GroupLinear needs sizes of at least 1 and no more groups than classes, "
-                f"got {in_features=}, {num_classes=} and {num_groups=}"
+                f"GroupLinear: num_groups must be from 1 to the number of classes, {num_classes}, got {num_groups}"
             )
         self.in_features = in_features
         self.num_classes = num_classes
@@ -67,6 +70,12 @@ class GroupLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map vectors ``[B, L, D]`` to classes ``[B, K]``."""
+        if isinstance(x, Tensor) and x.shape[1:] != self.weight.shape[:2]:
+            raise ValueError(
+                f"GroupLinear expects [B, {self.num_groups}, {self.in_features}], a vector for each of "
+                f"num_groups={self.num_groups}, got {list(x.shape)}; make the layer with num_groups and in_features "
+                "of x"
+            )
         return group_linear(x, self.weight, self.bias, num_classes=self.num_classes, cosine=self.cosine)
 
     def extra_repr(self) -> str:

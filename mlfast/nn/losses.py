@@ -16,7 +16,7 @@ class AAMLoss(nn.Module):
 
     Args:
         scale: s > 0, which multiplies the cosines. The paper: 17 (VOC), 23 (COCO, NUS-WIDE), 25 (VG500).
-        margin: m, the angular margin; 0 in the paper's best results.
+        margin: m in [-1, 1], the angular margin as a difference of cosines; 0 in the paper's best results.
         k: weight of the positives in [0, 1].
         gamma_neg: focusing exponent of the negatives.
         gamma_pos: focusing exponent of the positives.
@@ -27,6 +27,7 @@ class AAMLoss(nn.Module):
 
     Shape:
         cos [..., K], target [..., K] or SparseTargets -> a scalar, or [..., K] for ``reduction="none"``.
+        Values of a float target are not checked: in [0, 1], or negative for unknown.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class AsymmetricLoss(nn.Module):
 
     Shape:
         logits [..., K], target [..., K] or SparseTargets -> a scalar, or [..., K] for ``reduction="none"``.
+        Values of a float target are not checked: in [0, 1], or negative for unknown.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mlfast.integers import sizes
 from mlfast.nn.attention import attend, attention_weights, input_projection, output_projection
 from mlfast.nn.cosine_linear import CosineLinear
 from mlfast.nn.group_linear import MOST_GROUPS, GroupLinear
@@ -47,6 +48,7 @@ class MLDecoder(nn.Module):
         included; output ``[B, K]``. Cosines are at least float32.
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: sizes that do not fit; the message names the remedy.
     """
 
@@ -249,8 +251,7 @@ def _attention_of_classes(layer: CrossAttentionLayer, query: Tensor, memory: Ten
 
 
 def _check_sizes(in_features: int, num_classes: int, num_groups: int | None, embed_dim: int, num_heads: int) -> None:
-    if in_features < 1 or num_classes < 1:
-        raise ValueError(f"MLDecoder needs sizes of at least 1, got {in_features=} and {num_classes=}")
+    sizes("MLDecoder", in_features=in_features, num_classes=num_classes)
     if num_groups is not None and not 1 <= num_groups <= num_classes:
         raise ValueError(
             f"num_groups must be from 1 to the number of classes, {num_classes}, got {num_groups}; "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mlfast.integers import sizes
 from mlfast.nn.attention import attend, input_projection, output_projection
 from mlfast.nn.group_linear import GroupLinear
 
@@ -37,6 +38,7 @@ class Query2Label(nn.Module):
         features ``[B, S, h, w]`` of any height and width; output ``[B, K]``. Cosines are at least float32.
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: sizes that do not fit; the message names the remedy.
     """
 
@@ -55,11 +57,13 @@ class Query2Label(nn.Module):
         cosine: bool = True,
     ) -> None:
         super().__init__()
-        if min(in_features, num_classes, num_heads, decoder_layers) < 1:
-            raise ValueError(
-                f"Query2Label needs sizes of at least 1, got {in_features=}, {num_classes=}, {num_heads=} and "
-                f"{decoder_layers=}"
-            )
+        in_features, num_classes, num_heads, decoder_layers = sizes(
+            "Query2Label",
+            in_features=in_features,
+            num_classes=num_classes,
+            num_heads=num_heads,
+            decoder_layers=decoder_layers,
+        )
         width = in_features if embed_dim is None else embed_dim
         if width < 1 or width % num_heads or width % 4:
             raise ValueError(

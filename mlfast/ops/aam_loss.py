@@ -121,10 +121,13 @@ def aam_loss(
     Args:
         cos: cosines [..., K], bfloat16, half, float32 or float64; values outside [-1, 1] (a bias was added) are legal.
         target: [..., K], the shape of ``cos``, any real dtype. Integers and bool: > 0 present, 0 absent, < 0 unknown
-            (in uint8: 255). Floats: in [0, 1], or < 0 for unknown. Unknown labels have no loss and no gradient. Or
+            (in uint8: 255). Floats: in [0, 1], or < 0 for unknown; not checked, as that would wait for the device: of
+            NaN the loss is NaN; above 1 it means nothing, may be negative or huge, and differs between backends.
+            Unknown labels have no loss and no gradient. Or
             :class:`mlfast.SparseTargets`, the positives of [B, K], all other labels being absent.
         scale: s > 0, which multiplies the cosines.
-        margin: m, subtracted from the cosine on the side of the label.
+        margin: m in [-1, 1], subtracted from the cosine on the side of the label. Beyond 1 no cosine is on the right
+            side of it, and beyond -1 none on the wrong side. The paper's are in [0, 1); below 0 it loosens.
         k: weight of the positives, in [0, 1]; negatives get 1 - k.
         gamma_neg, gamma_pos: focusing exponents >= 0.
         prob_shift: delta in [0, 1), added to p_-: a negative with p_- >= 1 - delta has no loss at all.
@@ -159,7 +162,7 @@ def check_options(
 ) -> Options:
     """The numbers of a loss, checked once and remembered."""
     check_number("aam_loss", "scale", scale, "> 0", lambda x: x > 0)
-    check_number("aam_loss", "margin", margin, "a finite number", lambda x: True)
+    check_number("aam_loss", "margin", margin, "in [-1, 1], a difference of cosines", lambda x: -1 <= x <= 1)
     check_number("aam_loss", "k", k, "in [0, 1]", lambda x: 0 <= x <= 1)
     check_number("aam_loss", "gamma_neg", gamma_neg, ">= 0", lambda x: x >= 0)
     check_number("aam_loss", "gamma_pos", gamma_pos, ">= 0", lambda x: x >= 0)

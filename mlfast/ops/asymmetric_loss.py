@@ -109,7 +109,9 @@ def asymmetric_loss(
     Args:
         logits: [..., K], bfloat16, half, float32 or float64.
         target: [..., K], the shape of ``logits``, any real dtype. Integers and bool: > 0 present, 0 absent, < 0 unknown
-            (in uint8: 255). Floats: in [0, 1], or < 0 for unknown. Unknown labels have no loss and no gradient. Or
+            (in uint8: 255). Floats: in [0, 1], or < 0 for unknown; not checked, as that would wait for the device: of
+            NaN the loss is NaN; above 1 it means nothing, may be negative or huge, and differs between backends.
+            Unknown labels have no loss and no gradient. Or
             :class:`mlfast.SparseTargets`, the positives of [B, K], all other labels being absent.
         gamma_neg, gamma_pos: focusing exponents >= 0.
         clip: in [0, 1), added to the probability that a negative is absent: below ``p = clip`` it has no loss at all.

@@ -246,8 +246,11 @@ def check_arguments(features: Any, weight: Any) -> None:
             "there is no maximum over none"
         )
     if weight.shape != features.shape[1:2]:
+        remedy = "pass weight.flatten() if it has other dimensions of size 1"
+        if weight.shape == features.shape[3:]:
+            remedy = f"if features {list(features.shape)} are [B, h, w, S], pass features.permute(0, 3, 1, 2)"
         raise ValueError(
             f"reweight_pool: weight must have one value per channel, [{features.shape[1]}], got {list(weight.shape)}; "
-            "pass weight.flatten() if it has other dimensions of size 1"
+            f"{remedy}"
         )
     check_device("reweight_pool", "weight", weight, "features", features)

@@ -6,6 +6,7 @@ The fields carry their help text and their rule, so that the command line, its h
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import types
 import typing
@@ -48,6 +49,21 @@ def _option(default: Any, group: str, text: str, rule: Rule | None = None) -> An
     return field(default=default, metadata=_about(group, text, rule))
 
 
+def _suggesting(settings: Any) -> Any:
+    """Python's error for an argument that does not exist, with the nearest one that does."""
+    init = settings.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *values: Any, **named: Any) -> None:
+        if wrong := [unknown_key(name) for name in named if name not in _FIELDS]:
+            raise TypeError(f"{settings.__name__}: {'; '.join(wrong)}")
+        init(self, *values, **named)
+
+    settings.__init__ = checked
+    return settings
+
+
+@_suggesting
 @dataclass(frozen=True)
 class TrainConfig:
     """The settings of one training run; the defaults train on the built-in digit scenes in about two minutes.
@@ -57,6 +73,7 @@ class TrainConfig:
 
     Raises:
         ConfigError: lists every wrong value with its key, what was given and what is expected.
+        TypeError: a setting does not exist; names the nearest that does.
     """
 
     data: Literal[

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -48,6 +50,15 @@ def test_prepare_normalises_uint8_on_the_models_statistics():
     torch.testing.assert_close(model.prepare(images), (images / 255 - mean) / std)
     with pytest.raises(TypeError, match="uint8"):
         model.prepare(images.float())
+    for shape, remedy in (
+        ((2, 8, 9, 3), r"channels come last there: pass images\.movedim\(-1, -3\)"),
+        ((8, 9, 3), r"channels come last there"),
+        ((3, 8, 9), r"pass images\[None\]"),
+        ((2, 1, 8, 9), "convert them to 3 channels"),
+    ):
+        got = re.escape(str(list(shape)))
+        with pytest.raises(ValueError, match=rf"takes images \[B, 3, H, W\], got {got}; {remedy}"):
+            model.prepare(torch.zeros(shape, dtype=torch.uint8))
     with pytest.raises(TypeError, match=r"got torch\.uint8; pass model\.prepare\(images\)"):
         model(images)
 

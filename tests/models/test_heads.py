@@ -148,3 +148,5 @@ def test_arguments_of_heads_are_checked():
         mlfast.create_model("test_efficientnet", 5, head="ml_decoder", head_args={"num_groups": 6})
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         mlfast.create_model("test_efficientnet", 0)
+    with pytest.raises(TypeError, match=r"create_model: num_classes must be an integer, got float 80\.0; convert it"):
+        mlfast.create_model("test_efficientnet", 80.0)

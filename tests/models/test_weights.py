@@ -250,8 +250,10 @@ def test_files_without_weights(tmp_path):
         load_checkpoint(nn.Linear(3, 2), save(tmp_path, {"epoch": 1, "lr": 0.1}))
     with pytest.raises(ValueError, match="no state dict but list"):
         load_checkpoint(nn.Linear(3, 2), save(tmp_path, [1, 2]))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"^load_checkpoint: path '.*nothing\.pth' does not exist; pass a file"):
         load_checkpoint(nn.Linear(3, 2), tmp_path / "nothing.pth")
+    with pytest.raises(FileNotFoundError, match="is a folder; pass the file in it, of safetensors or of torch"):
+        load_checkpoint(nn.Linear(3, 2), tmp_path)
     with pytest.raises(ValueError, match=r"min_match must be in \[0, 1\], got 90"):
         load_checkpoint(nn.Linear(3, 2), tmp_path / "nothing.pth", min_match=90)
 

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -36,6 +37,20 @@ def test_weights_start_as_in_ml_decoder():
 
 
 def test_wrong_sizes_are_refused():
-    for sizes in ((0, 5), (4, 0), (4, 5, 6), (4, 5, 0)):
-        with pytest.raises(ValueError, match="no more groups than classes, got"):
+    for sizes in ((0, 5), (4, 0)):
+        with pytest.raises(ValueError, match="GroupLinear needs sizes of at least 1, got in_features="):
             GroupLinear(*sizes)
+    for groups in (0, 6):
+        with pytest.raises(ValueError, match=f"num_groups must be from 1 to the number of classes, 5, got {groups}"):
+            GroupLinear(4, 5, groups)
+    with pytest.raises(TypeError, match=r"GroupLinear: num_groups must be an integer, got float 5\.0"):
+        GroupLinear(4, 5, 5.0)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8), (2, 5, 7), (2, 8)])
+def test_vectors_that_do_not_fit_are_refused(shape):
+    expected = rf"expects \[B, 5, 8\], a vector for each of num_groups=5, got {re.escape(str(list(shape)))}; make the"
+    with pytest.raises(ValueError, match=expected):
+        GroupLinear(8, 20, 5)(torch.zeros(shape))
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        GroupLinear(8, 20, 5)([[0.0]])

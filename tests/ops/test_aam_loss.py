@@ -125,6 +125,17 @@ def test_nan_is_not_hidden(backend, device):
     assert aam_loss(cos, torch.tensor([[1, 0, 0]], device=device)).isnan()
 
 
+@pytest.mark.parametrize("options", [{}, dict(gamma_neg=0.0), dict(gamma_neg=1.5, prob_shift=0.05), dict(margin=-0.2)])
+def test_nan_in_the_target_shows(backend, device, options):
+    cos, target = example(2, 300, torch.float32, "hard", device)
+    target = target.float()
+    target[0, 7] = torch.nan
+    for smoothing in (0.0, 0.1):
+        results = loss_and_grad(cos, target, reduction="none", label_smoothing=smoothing, **options)
+        assert all(torch.equal(result.isnan(), target.isnan()) for result in results)
+        assert aam_loss(cos, target, label_smoothing=smoothing, **options).isnan()
+
+
 # ------------------------------------------------------------------------------------------------- shapes and layout
 
 

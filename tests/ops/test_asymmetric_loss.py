@@ -92,6 +92,15 @@ def test_never_nan(backend, device, dtype):
         assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("options", [{}, dict(gamma_neg=0.0, clip=0.0), dict(detach_focus=True, label_smoothing=0.1)])
+def test_nan_in_the_target_shows(backend, device, options):
+    scores, target = example(2, 300, torch.float32, torch.float32, device)
+    target[0, 7] = torch.nan
+    results = loss_and_grad(scores, target, reduction="none", **options)
+    assert all(torch.equal(result.isnan(), target.isnan()) for result in results)
+    assert asymmetric_loss(scores, target, **options).isnan()
+
+
 def test_clipped_negatives_have_exactly_no_loss(backend, device):
     loss, grad = loss_and_grad(
         torch.tensor([[-3.0, -9.0, 0.0]], device=device), torch.zeros(1, 3, device=device), reduction="none"

@@ -115,7 +115,7 @@ def test_gradient_of_slots_without_a_class_is_zero(backend, device, cosine):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("length", [0.0, 1e-13, 1e-11])
+@pytest.mark.parametrize("length", [0.0, 1e-13, 0.99e-12, 1.01e-12, 1e-11])
 def test_short_vectors(backend, device, dtype, length):
     """Below 1e-12 the length is constant, and so the gradient is that of a product."""
     x, weight, bias, classes = example(SIZES[1], dtype, device)

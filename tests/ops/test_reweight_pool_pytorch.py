@@ -192,6 +192,11 @@ def test_module_is_the_function(features, weight):
         (dict(features=torch.ones(2, 3, 4)), ValueError, r"features must be \[B, S, h, w\], got \[2, 3, 4\]"),
         (dict(features=torch.ones(2, 3, 0, 4)), ValueError, r"1 to .* positions, got \[2, 3, 0, 4\]"),
         (dict(weight=torch.ones(4)), ValueError, r"one value per channel, \[3\], got \[4\]"),
+        (
+            dict(features=torch.ones(2, 4, 5, 3)),
+            ValueError,
+            r"\[4\], got \[3\]; if features \[2, 4, 5, 3\] are \[B, h, w, S\], pass features.permute\(0, 3, 1, 2\)",
+        ),
         (dict(weight=torch.ones(3, 1, 1)), ValueError, r"got \[3, 1, 1\]; pass weight.flatten"),
         (dict(weight=torch.ones(3, device="meta")), ValueError, "weight must be on the device of features, cpu, got"),
     ],

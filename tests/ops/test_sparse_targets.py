@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -251,7 +252,7 @@ def test_room_behind_the_last_row_is_not_read(backend, device):
         ([[0, 1]], [1], 10, ValueError, "indptr must have one dimension"),
         ([0, 1], [1.0], 10, TypeError, "indices must be torch.int32 or torch.int64, got torch.float32"),
         ([0.0, 1.0], [1], 10, TypeError, "indptr must be torch.int64, got torch.float32"),
-        ([0, 1], [1], 10.0, TypeError, "num_classes must be an int, got float"),
+        ([0, 1], [1], 10.0, TypeError, r"num_classes must be an integer, got float 10.0; convert it with int\(\)"),
         ([0, 1], [1], -1, ValueError, "num_classes must be >= 0, got -1"),
     ],
 )
@@ -261,14 +262,61 @@ def test_errors_name_what_came(indptr, indices, classes, error, message):
         SparseTargets(*as_tensor, classes)
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[1, 2], [], [3]],
+        [np.array([1, 2]), np.array([], dtype=np.int32), (np.uint8(3),)],
+        [torch.tensor([1, 2]), torch.tensor([]), [torch.tensor(3)]],
+        iter([{1, 2}, range(0), [np.int64(3)]]),
+    ],
+    ids=("ints", "numpy", "torch", "iterators"),
+)
+def test_rows_may_be_of_numpy_and_torch(rows):
+    sparse = SparseTargets.from_lists(rows, np.int64(10))
+    assert (sparse.indptr.tolist(), sparse.indices.tolist()) == ([0, 2, 2, 3], [1, 2, 3])
+    assert type(sparse.num_classes) is int
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1], [2, 3.0]], r"each class in row 1 must be an integer, got float 3\.0; convert it with int\(\)"),
+        ([[True, 2]], "each class in row 0 must be an integer, got bool True"),
+        ([torch.tensor([True, False])], "each class in row 0 must be an integer, got bool True"),
+        ([[torch.tensor(True)]], r"got Tensor tensor\(True\)"),
+        ([np.array([1.0])], r"got float 1\.0"),
+        ([["1"]], "got str '1'"),
+        ([[1], 2], r"rows must hold a list .* got int 2 for row 1; pass \[\[1, 2\]\] for one picture"),
+        (torch.tensor([1, 2]), "got int 1 for row 0"),
+        (["12"], "got str '12' for row 0"),
+        (3, "rows must be a list of lists of classes, got int"),
+    ],
+)
+def test_rows_that_are_no_lists_of_classes(rows, message):
+    with pytest.raises(TypeError, match=message):
+        SparseTargets.from_lists(rows, 10)
+
+
+@pytest.mark.parametrize("arguments", [(torch.float32,), ("cpu", torch.float32), (None,)], ids=str)
+def test_moving_takes_no_dtype(arguments):
+    with pytest.raises(TypeError, match=r"takes a device and non_blocking, a bool, got .*; leave out a dtype"):
+        rows_of([1]).to(*arguments)
+
+
 def test_what_rows_cannot_hold():
     for target, message in (
         (torch.tensor([[1, -1]]), "unknown"),
         (torch.tensor([[255]], dtype=torch.uint8), "unknown"),
+        (torch.tensor([[float("nan")]]), "or NaN"),
         (torch.tensor([[0.3]]), "soft"),
+        (torch.tensor([[2.0]]), "other than 0 and 1"),
         (torch.tensor([1]), r"\[B, K\]"),
     ):
         with pytest.raises(ValueError, match=message):
+            SparseTargets.from_dense(target)
+    for target, got in (([[1, 0]], "list"), (torch.tensor([[1j]]), "torch.complex64")):
+        with pytest.raises(TypeError, match=rf"target must be .* tensor \[B, K\], got {got}; pass torch.as_tensor"):
             SparseTargets.from_dense(target)
     with pytest.raises(TypeError, match="slice of step 1"):
         rows_of([1])[0]

@@ -1,3 +1,6 @@
+import dataclasses
+import inspect
+
 import pytest
 import yaml
 
@@ -46,6 +49,21 @@ def test_all_problems_are_listed_at_once():
 def test_wrong_values(setting, value):
     with pytest.raises(ConfigError, match=rf"^1 problem in the configuration:\n  {setting}: got .*, expected "):
         TrainConfig(**{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"epoch": 4}, r"^TrainConfig: epoch: there is no such setting; did you mean epochs\?$"),
+        ({"lr": "x", "learning_rate": 1, "qqqq": 1}, r"did you mean lr\? .*; qqqq: .* mlfast train --help lists them$"),
+    ],
+)
+def test_settings_that_do_not_exist(wrong, message):
+    with pytest.raises(TypeError, match=message):
+        TrainConfig(**wrong)
+    with pytest.raises(TypeError, match=message):
+        dataclasses.replace(TrainConfig(), **wrong)
+    assert "epochs" in inspect.signature(TrainConfig).parameters
 
 
 def test_a_batch_must_fit_into_the_training_images():

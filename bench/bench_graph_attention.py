@@ -146,6 +146,8 @@ def bench_graph_attention_layer(benchmark, record, device, quick, size, part):
         pytest.skip("left out of --quick")
     nodes, heads, features, neighbours = SIZES[size]
     edges, width = edges_of(nodes, neighbours).to(device), heads * features
+    if part == "attention" and device.type == "cuda" and nodes > width:
+        pytest.skip("there the layer takes its scores from the weights of the linear layer, which is left out")
     graph, in_features = Graph.from_edges(edges, nodes), IN_FEATURES if part == "whole" else width
     layer = GraphAttention(in_features, features, heads).to(device)
     peer = gatconv(layer, heads, features, in_features).to(device)

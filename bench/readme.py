@@ -13,13 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured speeds: written by python -m bench.readme -->", "<!-- end of measured speeds -->"
 
 
-def against(us: dict[str, float], kind: str) -> str:
+def against(us: dict[str, float | None], kind: str) -> str:
     """The ratio to the fastest of a kind: ``eager`` stands for all eager forms, ``compile`` for all compiled ones."""
-    of_kind = [value for name, value in us.items() if name.split()[0] == kind]
-    return f"{min(of_kind) / us['mlfast']:.1f}x" if of_kind else "-"
+    of_kind = [value for name, value in us.items() if name.split()[0] == kind and value]
+    return f"{min(of_kind) / us['mlfast']:.1f}x" if of_kind and us["mlfast"] else "-"
 
 
-def times(us: dict[str, float]) -> list[str]:
+def times(us: dict[str, float | None]) -> list[str]:
     """mlfast's time, and how many times as long the fastest eager and the fastest compiled form take."""
     return [f"{us['mlfast']:.0f} µs", against(us, "eager"), against(us, "compile")]
 
@@ -40,7 +40,7 @@ COLUMNS = (
 
 
 def table(training: list[Row]) -> list[str]:
-    """A line for each training step that is shown; below small ones, the same in a loop of its own."""
+    """A line for each training step that is shown; below it, the same in a loop of its own or as kernels alone."""
     columns = [column for column in COLUMNS if any(column[0] in row for row in training)]
     titles = ["forward + backward, float32", "mlfast", "against eager", "against torch.compile"]
     titles += [title for _, title, _ in columns]
@@ -48,8 +48,9 @@ def table(training: list[Row]) -> list[str]:
     for row in shown(training):
         name = f"{row['op']}, {row['case'].removesuffix(' training').rstrip(',')}"
         lines.append([name, *times(row["median_us"]), *(text(row) if key in row else "-" for key, _, text in columns)])
-        if "hot_us" in row:
-            lines.append([f"{name}, in a loop of its own", *times(row["hot_us"]), *[""] * len(columns)])
+        for key, what in (("hot_us", "in a loop of its own"), ("kernel_us", "kernels alone")):
+            if key in row:
+                lines.append([f"{name}, {what}", *times(row[key]), *[""] * len(columns)])
     return [as_row(titles), "|" + "---|" * len(titles), *map(as_row, lines)]
 
 
@@ -95,14 +96,25 @@ def loss(row: Row) -> str:
 
 
 def tables() -> str:
-    """The table of the machine that was measured last, and where the others stand."""
+    """The tables of the CPU and of the GPU that were measured last, and where the others stand."""
     dated = {path: json.loads(path.read_text())["machine"] for path in (ROOT / "bench" / "results").glob("*.json")}
-    latest, *others = sorted(dated, key=lambda path: (dated[path]["date"], path.name), reverse=True)
-    lines = [BEGIN, "", *section(latest), ""]
-    for path in others:
-        about = dated[path]
-        lines += [f"Also measured: {about['processor']}, commit {about['commit']}, {about['date']}: {link(path)}.", ""]
+    latest = sorted(dated, key=lambda path: (dated[path]["date"], path.name), reverse=True)
+    shown = [next((path for path in latest if is_gpu(dated[path]) is gpu), None) for gpu in (False, True)]
+    lines = [BEGIN, ""]
+    for path in filter(None, shown):
+        lines += [*section(path), ""]
+    for path in latest:
+        if path not in shown:
+            about = dated[path]
+            lines += [
+                f"Also measured: {about['processor']}, commit {about['commit']}, {about['date']}: {link(path)}.",
+                "",
+            ]
     return "\n".join([*lines, END])
+
+
+def is_gpu(machine: dict[str, str]) -> bool:
+    return "CUDA" in machine["processor"]
 
 
 def link(path: Path) -> str:

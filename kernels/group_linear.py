@@ -6,8 +6,8 @@ or weight is. Results are bit-equal from run to run: the order of every addition
 These are the kernels of one slot per group, sums of rows, and of several slots where x and weight both have 16 bits: a
 `tl.dot` with slots padded to 16, in TF32, in which their values are exact, and rounding those of the incoming gradient
 costs less than rounding the result. Other products are the matrix library's; see group_linear_products.py.
-These kernels run under Triton's interpreter (TRITON_INTERPRET=1) and compile for sm_80, sm_90 and sm_100; they were not
-tested on a GPU.
+These kernels run under Triton's interpreter (TRITON_INTERPRET=1) and compile for sm_80, sm_90 and sm_100; they were
+tested on an H200.
 """
 
 import torch

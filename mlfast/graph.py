@@ -12,12 +12,14 @@ from mlfast.integers import integer
 MOST_NODES = 2**31 - 1  # indices are int32
 
 
-def dense_from(num_nodes: int, listed: bool = True) -> float:
+def dense_from(num_nodes: int, listed: bool = True, device_type: str = "cpu") -> float:
     """The share of all pairs from which products of whole matrices are faster than gathering neighbours.
 
-    Measured on a CPU, see docs/graph_attention.md: the nodes of a small graph are gathered from a near cache, and for a
+    Measured, see docs/graph_attention.md. On a CPU the nodes of a small graph are gathered from a near cache, and for a
     mask, whose edges have not been ``listed``, each pass lists them first.
     """
+    if device_type == "cuda":
+        return 0.1
     if num_nodes < 256:
         return 0.9
     return 0.5 if listed else 0.25
@@ -54,7 +56,7 @@ class Graph:
         self.num_nodes = num_nodes
         self.indptr, self.indices = _pointers(rows, num_nodes), columns.int()
         self.indptr_t, self.indices_t, self.edges_t = _pointers(columns, num_nodes), rows[order].int(), order
-        self.mask = self.to_dense() if self.density >= dense_from(num_nodes) else None
+        self.mask = self._mask_if_dense()
 
     @classmethod
     def from_edges(cls, edge_index: Tensor, num_nodes: int, add_self_loops: bool = False) -> Graph:
@@ -154,7 +156,12 @@ class Graph:
             return self
         moved = object.__new__(Graph)
         moved.__dict__ = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.__dict__.items()}
+        moved.mask = moved._mask_if_dense()
         return moved
+
+    def _mask_if_dense(self) -> Tensor | None:
+        dense = self.density >= dense_from(self.num_nodes, device_type=self.device.type)
+        return self.to_dense() if dense else None
 
     def to_dense(self) -> Tensor:
         """A bool matrix [K, K], True at [i, j] where i attends to j."""

@@ -1,4 +1,4 @@
-// The CUDA entry point of asymmetric_loss; elementwise_loss.h says what holds for every loss. Not tested on a GPU.
+// The CUDA entry point of asymmetric_loss; elementwise_loss.h says what holds for every loss.
 #pragma once
 
 #include "../math/asymmetric_loss.h"

@@ -6,7 +6,7 @@
 // float64 where the scores are. Integer targets are hard (> 0 positive), float targets anything in [0, 1]; < 0 is
 // unknown.
 //
-// The kernels compile for sm_80 and later; they were not tested on a GPU.
+// The kernels compile for sm_80 and later; they were tested on an H200.
 #pragma once
 
 #include <cstdint>

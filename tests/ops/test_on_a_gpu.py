@@ -61,7 +61,7 @@ def cases(large):
     batch, groups, length, slots, known = (32, 100, 768, 97, 9605) if large else (5, 7, 40, 3, 20)
     images, channels, side = (84, 1280, 14) if large else (3, 10, 5)
     nodes, features = (2000, 256) if large else (70, 24)
-    target, graph = labels(rows, classes), graph_of(nodes, 10)
+    target, graph = labels(rows, classes), graph_of(nodes, 10 if large else 3)
     mask = graph.to_dense() > 0
     attention = (nodes, 1, features), (nodes, 1), (nodes, 1)
     return {
@@ -199,6 +199,16 @@ def test_compiled_into_cuda_graphs(op):
         torch.compiler.cudagraph_mark_step_begin()
         got = [tensor.clone() for tensor in compiled.results(leaves)]
         torch.testing.assert_close(got, case.results(leaves))
+
+
+def test_a_graph_of_a_tenth_of_all_pairs_keeps_its_mask():
+    sparse, dense = graph_of(70, 3), graph_of(70, 20)
+    assert sparse.mask is None
+    assert dense.to("cpu").mask is None
+    tensors = cases(large=False)["graph_attention"].leaves()
+    with mlfast.use_backend("reference"):
+        expected = F.graph_attention(*tensors, dense.to_dense())
+    torch.testing.assert_close(F.graph_attention(*tensors, dense), expected)
 
 
 def test_nothing_waits_for_the_gpu(op):

@@ -10,8 +10,8 @@ namespace mlfast::cuda {
 constexpr int kThreads = 128;
 constexpr int kMaxBlocks = 1024;
 
-// A large grid is a multiple of this, so that all blocks are resident at once: an H100 has 132, and if it were asked for
-// its own number, sums would differ from GPU to GPU.
+// A large grid is a multiple of this, so that all blocks are resident at once: an H100 has 132, and if it were asked
+// for its own number, sums would differ from GPU to GPU.
 constexpr int kMultiprocessors = 128;
 
 // Device memory that outlives the launch. The ticket is 0 before and after every launch.

@@ -47,8 +47,9 @@ __device__ __forceinline__ bool is_aligned(const E* tensor) {
 }
 
 // Elements [begin, begin + V) of a tensor of n, where begin is a multiple of V; `beyond` stands for those past the end.
-// `wide` says whether the tensor is aligned: it is looked at for each by itself, for of a sliced batch the inputs may be
-// misaligned, while the gradient, freshly allocated, never is, so that skipping a few elements first would align nothing.
+// `wide` says whether the tensor is aligned: it is looked at for each by itself, for of a sliced batch the inputs may
+// be misaligned, while the gradient, freshly allocated, never is, so that skipping a few elements first would align
+// nothing.
 template <int V, typename E>
 __device__ __forceinline__ Vector<E, V> load(const E* tensor, int64_t begin, int64_t n, bool wide, E beyond) {
   Vector<E, V> v;

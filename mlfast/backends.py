@@ -13,6 +13,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,11 +140,19 @@ def _reference() -> tuple[bool, str]:
     return True, f"plain PyTorch {torch.__version__}, any device"
 
 
+def _install_again() -> str:
+    """The command that compiles anew: in a checkout what stands there, else the release."""
+    checkout = Path(__file__).resolve().parents[1]
+    if (checkout / "setup.py").exists():
+        return f"pip install --no-deps --editable {checkout}"
+    return "pip install --force-reinstall --no-deps --no-cache-dir mlfast"
+
+
 def _cpu() -> tuple[bool, str]:
     if _native is None:
         return False, (
             f"the compiled kernels are missing ({_native_error}). Install a C++ compiler "
-            "(Debian: apt-get install g++), then: pip install --force-reinstall --no-deps --no-cache-dir mlfast"
+            f"(Debian: apt-get install g++), then: {_install_again()}"
         )
     return True, f"C++ kernels with {_native.instruction_set()}, {torch.get_num_threads()} threads"
 
@@ -164,7 +173,7 @@ def _cuda() -> tuple[bool, str]:
     if not _native.cuda_archs:
         return False, (
             f"built without CUDA, because {_native.why_no_cuda}. Install the CUDA toolkit (nvcc), then: "
-            "MLFAST_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir mlfast"
+            f"MLFAST_CUDA=1 {_install_again()}"
         )
     if not torch.cuda.is_available():
         return False, f"built for compute capability {_native.cuda_archs}, but no GPU: {_why_no_gpu()}"

@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import mlfast
 from mlfast.backends import BackendError, choose
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_every_backend_is_listed_with_words():
@@ -99,3 +102,4 @@ def test_without_compiled_kernels_everything_runs_on_the_reference():
     assert result.returncode == 0, result.stderr
     assert "- cpu" in result.stdout
     assert "apt-get install g++" in result.stdout
+    assert f"pip install --no-deps --editable {ROOT}" in result.stdout

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mlfast.data.loading import options_of, reader
+from mlfast.data.loading import READERS, options_of, reader
 
 
 def either_dash(argv: Sequence[str], names: Iterable[str]) -> list[str]:
@@ -32,7 +32,10 @@ def names_of(parser: argparse.ArgumentParser) -> list[str]:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The arguments of a parser with a positional `kind`, and the options of that format in its reader's types."""
     argv = either_dash(argv, names_of(parser))
-    known = parser.parse_known_args([argument for argument in argv if argument not in ("-h", "--help")] or argv)[0]
+    if {"-h", "--help"} & set(argv):  # whatever else is missing
+        kind = next((argument for argument in argv if argument in READERS), "digits")
+        _with_reader_options(parser, kind).parse_args(["--help"])
+    known = parser.parse_known_args(argv)[0]
     parser = _with_reader_options(parser, known.kind)
     arguments = parser.parse_args(either_dash(argv, names_of(parser)))
     return arguments, _reader_options(arguments, known.kind)

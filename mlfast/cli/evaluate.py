@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     if absent := len(values) - rows["0.5"].num_classes_evaluated:
         counted = "left out of the means" if options.absent == "exclude" else "counted as 0"
         notes.append(f"{absent} of {len(values)} classes have no positive here: {counted}")
-    notes += _flattery(chosen_on, data, options)
+    notes += [*_losses(rows), *_flattery(chosen_on, data, options)]
     facts = zip(model.info.classes, predictions.positives(), rows["0.5"].per_class_ap, values, strict=True)
     classes = [
         {"name": name, "positives": int(positives), "AP": _finite(precision), "threshold": float(threshold)}
@@ -159,6 +159,16 @@ def _origin(adaptive: bool, chosen_on: str, options: argparse.Namespace) -> str:
         return f"the threshold of every class is 0.5, which stands for thresholds chosen on {chosen_on}"
     hint = "; --tune SPLIT chooses others" if Path(options.model).is_dir() else ""
     return f"the threshold of every class is 0.5{hint}"
+
+
+def _losses(rows: dict[str, MultilabelMetrics]) -> list[str]:
+    """A line where the thresholds of the classes are worse than 0.5 here."""
+    if "adaptive" not in rows:
+        return []
+    lower = [score for score in ("OF1", "CF1") if getattr(rows["adaptive"], score) < getattr(rows["0.5"], score)]
+    if not lower:
+        return []
+    return [f"{' and '.join(lower)} lower with the chosen thresholds than with 0.5: they do not suit these images."]
 
 
 def _flattery(chosen_on: str, data: DataChoice, options: argparse.Namespace) -> list[str]:

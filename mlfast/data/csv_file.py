@@ -120,6 +120,8 @@ class _Table:
             raise AnnotationError(f"{self.place}: the file is empty; the first line must name the columns.")
         self.header = [name.strip() for name in rows[0][1]]
         self.rows = rows[1:]
+        if not self.rows:
+            raise AnnotationError(f"{self.place}: there are no rows below the header {self.header}.")
         if repeated := [name for name in self.header if self.header.count(name) > 1]:
             raise AnnotationError(f"{self.place}, line 1: the column {shown(repeated[0])} stands there more than once.")
         for where, row in self.rows:

@@ -31,10 +31,30 @@ def problems_of(loaded: Sequence[Annotations], decode_all: bool) -> Iterable[str
     yield from _shared(loaded)
     if first.kind == "digits":
         return
+    yield from _suspicious_names(first)
     for part in loaded:
         yield from _missing(part)
     if decode_all:
         yield from _undecodable(loaded)
+
+
+def _suspicious_names(annotations: Annotations) -> Iterable[str]:
+    """Classes that would be others', had the file been read or written otherwise."""
+    by_lower: dict[str, list[str]] = defaultdict(list)
+    for name in annotations.classes:
+        by_lower[name.lower()].append(name)
+    if alike := [" and ".join(map(repr, same)) for same in by_lower.values() if len(same) > 1]:
+        yield (
+            f"{len(alike)} class names differ in upper and lower case alone: {names(alike)}; spell them alike where "
+            "they mean the same"
+        )
+    known = set(annotations.classes)
+    joined = [repr(name) for name in annotations.classes if " " in name and known.issuperset(name.split())]
+    if joined and annotations.kind == "csv":
+        yield (
+            f"{len(joined)} class names are made of others: {names(joined)}; if blanks separate labels, read them with "
+            "--delimiter ' '"
+        )
 
 
 def shared_images(first: Annotations, second: Annotations) -> list[str]:

@@ -122,8 +122,18 @@ def test_wrong_arguments(arguments, capsys):
     assert stopped.value.code == 2
 
 
-def test_help_has_the_options_of_the_format(capsys):
+@pytest.mark.parametrize("command", ["check", "split"])
+def test_help_has_the_options_of_the_format(command, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["data", "check", "voc2007", "--help"])
+        cli.main(["data", command, "voc2007", "--help"])
     assert stopped.value.code == 0
     assert "--difficult" in capsys.readouterr().out
+
+
+def test_labels_that_look_like_a_slip(write, jpeg, capsys):
+    images = {f"{n}.jpg": jpeg() for n in range(4)}
+    root = write({"t.csv": "image,labels\n0.jpg,cat\n1.jpg,dog\n2.jpg,cat dog\n3.jpg,Cat\n", **images})
+    assert cli.main(["data", "check", "csv", str(root)]) == 1
+    out = capsys.readouterr().out
+    assert "1 class names are made of others: 'cat dog'; if blanks separate labels, read them with --delimiter" in out
+    assert "1 class names differ in upper and lower case alone: 'Cat' and 'cat'" in out

@@ -52,8 +52,8 @@ def test_quotes_and_separators(write, labels_of):
     ("text", "options", "message"),
     [
         ("", {}, "no column of images|file is empty"),
-        ("a,b\n", {}, r"no column of images in \['a', 'b'\]; name it with image_column"),
-        ("image,labels\n", {}, "no row of split 'train'"),
+        ("a,b\n1,2\n", {}, r"no column of images in \['a', 'b'\]; name it with image_column"),
+        ("image,labels\n", {}, r"train.csv: there are no rows below the header \['image', 'labels'\]"),
         ("image,labels\nx.jpg\n", {}, r"train.csv, line 2: got 1 fields, expected 2"),
         ("image,labels\nx.jpg,a\ny.jpg,a,b\n", {}, r"line 3: got 3 fields.*'y.jpg,a,b'. Put quotes"),
         ("image,cat,age\nx.jpg,1,61\n", {}, r"line 2: column 'age' holds '61', expected 1, 0, or -1.*class_columns"),

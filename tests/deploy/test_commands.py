@@ -125,6 +125,12 @@ def test_evaluate_tunes_and_says_on_what(tmp_path, model_folder, capsys):
     assert cli.main([*arguments, "--split", "train"]) == 0
     assert flattered not in capsys.readouterr().out
     assert (Predictor(folder).thresholds != 0.5).sum() > 20
+    chosen = json.loads((folder / "thresholds.json").read_text())
+    for entry in chosen["classes"]:
+        entry["threshold"] = 0.999
+    (folder / "thresholds.json").write_text(json.dumps(chosen))
+    assert cli.main(arguments) == 0
+    assert "OF1 and CF1 lower with the chosen thresholds than with 0.5" in capsys.readouterr().out
     assert cli.main([*arguments, "--tune", "val", "--shared", "--beta", "2"]) == 0
     assert "for F2, one threshold for all classes" in capsys.readouterr().out
     assert len(set(Predictor(folder).thresholds)) == 1

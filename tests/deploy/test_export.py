@@ -1,8 +1,12 @@
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from mlfast.deploy import Predictor, export_model
@@ -90,6 +94,19 @@ def test_onnx_is_one_file_without_own_operators(exported, tuned_folder):
     assert ModelInfo.from_json(json.dumps({k: v for k, v in own.items() if k != "chosen_on"}), "").chosen_on == ""
     assert (own["image_size"], own["mean"], own["std"]) == (32, [0.5] * 3, [0.5] * 3)
     assert facts["model_info labels"].startswith("red_0 red_1 ")
+
+
+def test_the_snippet_of_the_page_gives_the_labels_of_the_predictor(exported, arrays, tmp_path, monkeypatch):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "deploy.md").read_text()
+    snippet = next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "onnxruntime" in code)
+    path = exported("onnx").path
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(path, "model.onnx")
+    Image.fromarray(arrays[0]).resize((80, 50)).save("photo.jpg", quality=95)
+    found = {}
+    exec(snippet, found)
+    expected = Predictor(path)("photo.jpg").labels
+    assert expected and found["labels"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_openvino_with_folded_thresholds(exported, tuned_folder, arrays):

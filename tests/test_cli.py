@@ -100,6 +100,8 @@ def test_train_help_fits_and_names_every_setting(capsys):
     for name in TrainConfig.__dataclass_fields__:
         assert sum(line.startswith(f"  --{name} ") for line in lines) == 1
     assert len(lines) < 100 and max(map(len, lines)) <= 120
+    for option in ("  --held_out X ", "  --resize squash|crop ", "  --head NAME "):
+        assert any(line.startswith(option) for line in lines)
 
 
 def test_help_loads_nothing_heavy():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -33,11 +34,15 @@ _METAVARS = {
     int: "N",
     int | None: "N",
     float: "X",
+    float | None: "X",
     bool: "BOOL",
     dict[str, Any]: "{...}",
     str: "TEXT",
     str | None: "TEXT",
 }
+
+
+_MOST_CHOICES = 12  # characters, to stay on the line
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -204,13 +209,19 @@ def _train_parser() -> Any:
             # TrainConfig checks the values, so that all problems appear at once; here only text is told from the rest.
             type=str | Any if kind in (str, str | None) else Any,
             default=default,
-            metavar=_METAVARS.get(kind, "NAME"),
+            metavar=_metavar(kind),
             help=item.metadata["help"] + ("" if default is None else f"  [{json.dumps(default).strip(chr(34))}]"),
         )
     for action in parser._actions:
         if "--print_config" in action.option_strings:
             action.metavar, action.help = "", "print all settings as YAML and exit"
     return parser
+
+
+def _metavar(kind: Any) -> str:
+    """What stands for a value: the choices, where they are few."""
+    choices = "|".join(map(str, typing.get_args(kind))) if typing.get_origin(kind) is typing.Literal else ""
+    return _METAVARS.get(kind) or (choices if 0 < len(choices) <= _MOST_CHOICES else "NAME")
 
 
 def _groups(config: type) -> dict[str, None]:

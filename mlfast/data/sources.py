@@ -136,12 +136,15 @@ class Sources:
     def rows(self, name: str, separator: str) -> Iterator[tuple[str, list[str]]]:
         """(where, fields) of the rows of a CSV file; blank rows are left out."""
         reader = csv.reader(io.StringIO(self.text(name), newline=""), delimiter=separator, strict=True)
+        begin = 1  # of the row that is read; a quoted field may hold line ends
         try:
             for row in reader:
                 if row:
                     yield f"{self.root / name}, line {reader.line_num}", row
+                begin = reader.line_num + 1
         except csv.Error as error:
-            raise AnnotationError(f"{self.root / name}, line {reader.line_num}: {error}.") from None
+            remedy = "close the quote, or double it inside a field"
+            raise AnnotationError(f"{self.root / name}, line {begin}: {error}; {remedy}.") from None
 
     def json(self, name: str) -> Any:
         """A JSON file."""

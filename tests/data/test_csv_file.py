@@ -67,7 +67,12 @@ def test_quotes_and_separators(write, labels_of):
         ("image,labels\n../../x.jpg,a\n", {}, r"line 2: the image path '../../x.jpg' is refused"),
         ("image,labels\nx.jpg,a|b\n", {"classes": ["a"]}, "line 2: the label 'b' is not one of the 1 classes"),
         ("image,labels,split\nx.jpg,a,Train\n", {"file": "train.csv"}, "no row of split 'train'; there are: Train"),
-        ('image,labels\n"x.jpg"y,a\n', {}, "train.csv, line 2: "),
+        ('image,labels\n"x.jpg"y,a\n', {}, "train.csv, line 2: .*; close the quote, or double it inside a field"),
+        (
+            'image,labels\nx.jpg,a\ny.jpg,"b\nz.jpg,c\n',
+            {},
+            "train.csv, line 3: unexpected end of data; close the quote",
+        ),
     ],
 )
 def test_errors(write, text, options, message):

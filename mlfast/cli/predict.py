@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,9 +39,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time  [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...; of a model folder  [%(default)s]")
     options = parser.parse_args(either_dash(argv, names_of(parser)))
+    from PIL import Image
+
     from mlfast.deploy import Predictor
     from mlfast.deploy.images import find_images
 
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # too large an image is an error that names it
     files = find_images(options.images)
     predictor = Predictor(
         options.model, threshold=options.threshold, batch_size=options.batch_size, device=options.device

@@ -50,6 +50,8 @@ def decode(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = M
         raise
     except UnidentifiedImageError as error:
         raise ImageError("cannot identify image: no format that Pillow reads") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"the header promises more than {2 * MAX_PIXELS} pixels; make the image smaller") from error
     except Exception as error:  # decoders meet hostile bytes with errors of every type
         raise ImageError(str(error) or type(error).__name__) from error
 

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -85,8 +86,9 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):
         decode(data, max_pixels=9999)
     assert decode(data, max_pixels=10000).size == (100, 100)
     # A header that promises 10 gigapixels: 60 bytes, and nothing is allocated.
-    huge = data[:16] + (100_000).to_bytes(4, "big") * 2 + data[24:]
-    with pytest.raises(ImageError):
+    header = b"IHDR" + (100_000).to_bytes(4, "big") * 2 + data[24:29]
+    huge = data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:]
+    with pytest.raises(ImageError, match="the header promises more than 178956970 pixels"):
         decode(huge)
     large = encoded(Image.new("1", (10_000, 10_000)))  # 100 megapixels
     with pytest.warns(Image.DecompressionBombWarning), pytest.raises(ImageError, match="10000 x 10000"):

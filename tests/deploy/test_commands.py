@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import shutil
+import warnings
 
 import pytest
 from PIL import Image
@@ -48,6 +49,14 @@ def test_predict_names_missing_files_and_goes_on(pictures, model_folder, capsys)
     assert captured.out.startswith(f"{pictures}/a.png: ") and captured.out.count("\n") == 1
     assert f"{pictures}/nope.png: No such file or directory" in captured.err
     assert "1 of 2 images could not be read" in captured.err
+
+
+def test_predict_names_an_image_that_is_too_large(model_folder, tmp_path, capsys):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
+    with warnings.catch_warnings(record=True) as caught:
+        assert cli.main(["predict", str(model_folder[0]), f"{tmp_path}/large.png"]) == 1
+    assert not caught
+    assert f"{tmp_path}/large.png: 10000 x 10000 pixels are more than max_pixels=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate", "export", "bench --deployed"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,11 +54,11 @@ def until_done(run: Contestant) -> Contestant:
 def race(
     benchmark: Any, contestants: dict[str, Contestant], inputs: Sequence[tuple[Any, ...]], subject: str, rounds: int
 ) -> dict[str, float]:
-    """Runs every contestant once per round, in the order given, each on the round's inputs.
+    """Runs every contestant once per round, in an order drawn anew for each, all of them on the round's inputs.
 
-    Name contestants that share code apart from each other: the second of two in a row would find its code in the
-    caches. The subject comes last in a round, which pytest-benchmark times; the others run in the round's set-up, timed
-    the same way. There are fewer rounds where they would take longer than ``most_seconds``.
+    Whoever comes first brings the inputs into the caches, and whoever follows a long contestant finds its own code gone
+    from them: no one shall always be the one or the other. The subject is timed by pytest-benchmark, the others around
+    it in the same way. There are fewer rounds where they would take longer than ``most_seconds``.
 
     What else one wants to know of the contestants (see `details`) is left in ``benchmark.extra_info``, from which the
     fixture ``record`` takes it into the row.
@@ -82,19 +83,27 @@ def take_turns(
     benchmark: Any, timed: dict[str, Contestant], inputs: Sequence[tuple[Any, ...]], subject: str, rounds: int
 ) -> dict[str, list[float]]:
     """The seconds of every contestant in every round."""
-    others = {name: run for name, run in timed.items() if name != subject}
-    times: dict[str, list[float]] = {name: [] for name in others}
-    turn = 0
+    times: dict[str, list[float]] = {name: [] for name in timed if name != subject}
+    lots = random.Random(0)
+    turn, arguments = 0, inputs[0]
+    following: list[str] = []  # who comes after the subject in the round under way
+
+    def call(names: list[str]) -> None:
+        for name in names:
+            times[name].append(seconds(timed[name], *arguments))
 
     def set_up() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        nonlocal turn
-        arguments = inputs[turn % len(inputs)]
+        nonlocal turn, following, arguments
+        call(following)  # of the round before
+        order = lots.sample(list(timed), len(timed))
+        place = order.index(subject)
+        arguments, following = inputs[turn % len(inputs)], order[place + 1 :]
         turn += 1
-        for name, run in others.items():
-            times[name].append(seconds(run, *arguments))
+        call(order[:place])
         return arguments, {}
 
     benchmark.pedantic(timed[subject], setup=set_up, rounds=rounds)
+    call(following)
     return {subject: list(benchmark.stats.stats.data), **times}
 
 

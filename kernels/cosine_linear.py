@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mlfast.kernels.launch import cdiv, launch_kernel
+
 # The inverse norm of every vector shorter than 1e-12, as in torch.nn.functional.normalize.
 MOST_INVERSE = tl.constexpr(1e12)
 BLOCK = 1024
@@ -93,20 +95,17 @@ def project_kernel(grad, vectors, inverse, length: tl.int32, BLOCK: tl.constexpr
 def inverse_norms(vectors: torch.Tensor, inverse: torch.Tensor) -> None:
     """Launches inverse_norms_kernel, which documents the tensors."""
     count, length = vectors.shape
-    with torch.cuda.device_of(vectors):
-        inverse_norms_kernel[(count,)](vectors, inverse, length, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    launch_kernel(inverse_norms_kernel, (count,), (vectors, inverse), (length,), BLOCK=BLOCK, num_warps=NUM_WARPS)
 
 
 def scale(values: torch.Tensor, inverse_x: torch.Tensor, inverse_w: torch.Tensor, out: torch.Tensor) -> None:
     """Launches scale_kernel, which documents the tensors."""
     batch, classes = values.shape
-    programs = batch * triton.cdiv(classes, BLOCK)
-    with torch.cuda.device_of(values):
-        scale_kernel[(programs,)](values, inverse_x, inverse_w, out, classes, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    tensors = values, inverse_x, inverse_w, out
+    launch_kernel(scale_kernel, (batch * cdiv(classes, BLOCK),), tensors, (classes,), BLOCK=BLOCK, num_warps=NUM_WARPS)
 
 
 def project(grad: torch.Tensor, vectors: torch.Tensor, inverse: torch.Tensor) -> None:
     """Launches project_kernel, which documents the tensors."""
     count, length = grad.shape
-    with torch.cuda.device_of(grad):
-        project_kernel[(count,)](grad, vectors, inverse, length, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    launch_kernel(project_kernel, (count,), (grad, vectors, inverse), (length,), BLOCK=BLOCK, num_warps=NUM_WARPS)

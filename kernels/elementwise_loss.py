@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from mlfast.kernels.elementary import integer_power, log_positive
+from mlfast.kernels.launch import cdiv, launch_kernel
 
 # Four elements a thread: 16-byte accesses in float32, and few enough registers for half of an SM's threads or more.
 # With eight warps the compiler spills in a few variants.
@@ -328,7 +329,7 @@ def scale_grad_kernel(grad, factor, n: tl.int64, BLOCK: tl.constexpr):
 
 def num_programs(n: int) -> int:
     """The grid for n elements: the same on every GPU, so that sums are too."""
-    return min(max(triton.cdiv(n, BLOCK), 1), MAX_PROGRAMS)
+    return min(max(cdiv(n, BLOCK), 1), MAX_PROGRAMS)
 
 
 def powers(gamma_pos: float, gamma_neg: float) -> tuple[int, int]:
@@ -361,27 +362,19 @@ def launch(
         real_powers = -1 in (power_pos, power_neg)
         kind = scores.dtype == torch.float64, target.is_floating_point(), indptr is not None and real_powers
         variant |= register_limit(*kind)
-    with torch.cuda.device_of(scores):
-        kernel[(num_programs(n),)](
-            scores,
-            target,
-            indptr,
-            class_weight,
-            loss,
-            grad,
-            inv_known,
-            workspace,
-            n,
-            1 if class_weight is None and indptr is None else scores.shape[-1],
-            *numbers,
-            SMOOTHED=numbers.label_smoothing > 0,
-            POWER_POS=power_pos,
-            POWER_NEG=power_neg,
-            MAX_PROGRAMS=MAX_PROGRAMS,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            **variant,
-        )
+    launch_kernel(
+        kernel,
+        (num_programs(n),),
+        (scores, target, indptr, class_weight, loss, grad, inv_known, workspace),
+        (n, 1 if class_weight is None and indptr is None else scores.shape[-1], *numbers),
+        SMOOTHED=numbers.label_smoothing > 0,
+        POWER_POS=power_pos,
+        POWER_NEG=power_neg,
+        MAX_PROGRAMS=MAX_PROGRAMS,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        **variant,
+    )
 
 
 def register_limit(double: bool, soft: bool, sparse_with_real_powers: bool) -> dict[str, int]:
@@ -396,5 +389,4 @@ def register_limit(double: bool, soft: bool, sparse_with_real_powers: bool) -> d
 def scale_grad(grad: torch.Tensor, factor: torch.Tensor) -> None:
     """Multiplies a contiguous gradient by a one-element tensor on the same device, in place."""
     n = grad.numel()
-    with torch.cuda.device_of(grad):
-        scale_grad_kernel[(num_programs(n),)](grad, factor, n, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    launch_kernel(scale_grad_kernel, (num_programs(n),), (grad, factor), (n,), BLOCK=BLOCK, num_warps=NUM_WARPS)

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mlfast.kernels.launch import cdiv, launch_kernel, next_power_of_2
+
 # A program is one warp, so that no sum crosses warps, and its edges are few, for most labels have few neighbours: with
 # more ptxas spills, backward with more than two.
 BLOCK_EDGES, BLOCK_EDGES_BACKWARD = 4, 2
@@ -242,7 +244,7 @@ def dropping(
 
 def block_features(value: torch.Tensor) -> int:
     """Features of a tile; 16-bit values are float32 there."""
-    return min(triton.next_power_of_2(value.shape[2]), TILE_BYTES // max(value.element_size(), 4))
+    return min(next_power_of_2(value.shape[2]), TILE_BYTES // max(value.element_size(), 4))
 
 
 def graph_attention(
@@ -260,27 +262,16 @@ def graph_attention(
     indptr, indices = edges[:2]
     seed, threshold, scale, drops = dropping(numbers[1], seed, indptr)
     block = block_features(value)
-    with torch.cuda.device_of(value):
-        graph_attention_kernel[(nodes * heads, triton.cdiv(features, block))](
-            value,
-            score_src,
-            score_dst,
-            indptr,
-            indices,
-            seed,
-            out,
-            statistics,
-            nodes,
-            heads,
-            features,
-            numbers[0],
-            threshold,
-            scale,
-            DROPS=drops,
-            BLOCK_EDGES=BLOCK_EDGES,
-            BLOCK_FEATURES=block,
-            num_warps=NUM_WARPS,
-        )
+    launch_kernel(
+        graph_attention_kernel,
+        (nodes * heads, cdiv(features, block)),
+        (value, score_src, score_dst, indptr, indices, seed, out, statistics),
+        (nodes, heads, features, numbers[0], threshold, scale),
+        DROPS=drops,
+        BLOCK_EDGES=BLOCK_EDGES,
+        BLOCK_FEATURES=block,
+        num_warps=NUM_WARPS,
+    )
 
 
 def graph_attention_backward(
@@ -302,43 +293,19 @@ def graph_attention_backward(
     indptr, indices, indptr_t, indices_t, edges_t = edges
     seed, threshold, scale, drops = dropping(numbers[1], seed, indptr)
     grid = (nodes * heads,)
-    with torch.cuda.device_of(value):
-        grad_value_kernel[grid](
-            value,
-            score_src,
-            score_dst,
-            indptr_t,
-            indices_t,
-            edges_t,
-            seed,
-            statistics,
-            grad_out,
-            grad_value,
-            grad_logits,
-            nodes,
-            heads,
-            features,
-            numbers[0],
-            threshold,
-            scale,
-            DROPS=drops,
-            BLOCK_EDGES=BLOCK_EDGES_BACKWARD,
-            BLOCK_FEATURES=block_features(value),
-            num_warps=NUM_WARPS,
-        )
-        grad_logits_kernel[grid](
-            score_src,
-            score_dst,
-            indptr,
-            indices,
-            statistics,
-            grad_logits,
-            grad_score_dst,
-            heads,
-            numbers[0],
-            BLOCK_EDGES=BLOCK_EDGES,
-            num_warps=NUM_WARPS,
-        )
-        grad_score_src_kernel[grid](
-            indptr_t, edges_t, grad_logits, grad_score_src, heads, BLOCK_EDGES=BLOCK_EDGES, num_warps=NUM_WARPS
-        )
+    of_edges = value, score_src, score_dst, indptr_t, indices_t, edges_t, seed, statistics
+    launch_kernel(
+        grad_value_kernel,
+        grid,
+        (*of_edges, grad_out, grad_value, grad_logits),
+        (nodes, heads, features, numbers[0], threshold, scale),
+        DROPS=drops,
+        BLOCK_EDGES=BLOCK_EDGES_BACKWARD,
+        BLOCK_FEATURES=block_features(value),
+        num_warps=NUM_WARPS,
+    )
+    block = {"BLOCK_EDGES": BLOCK_EDGES, "num_warps": NUM_WARPS}
+    of_rows = score_src, score_dst, indptr, indices, statistics, grad_logits, grad_score_dst
+    launch_kernel(grad_logits_kernel, grid, of_rows, (heads, numbers[0]), **block)
+    of_sources = indptr_t, edges_t, grad_logits, grad_score_src
+    launch_kernel(grad_score_src_kernel, grid, of_sources, (heads,), **block)

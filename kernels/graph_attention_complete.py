@@ -14,11 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
+from mlfast.kernels.launch import cdiv, launch_kernel
+
 # Of the tiles that do not spill the fastest on an H200. A row is 32 bytes of float32.
 CHUNK = 64
 BLOCK = 8
 SCANNED = 64  # chunks of a tile of the scan
 NUM_WARPS = 2
+TILE = {"CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
 BLOCK_ITEMS = 256  # of the weights
 LARGEST = tl.constexpr(1.7976931348623157e308)  # float64
 
@@ -318,34 +321,30 @@ def merged_weights(
 ) -> None:
     """Launches weights_kernel, which documents the tensors."""
     nodes, heads = score_src.shape
-    with torch.cuda.device_of(score_src):
-        weights_kernel[triton.cdiv(2 * nodes, BLOCK_ITEMS), heads](
-            sorted_order, score_src, score_dst, top, order, weights, negative_slope, nodes, heads,
-            BLOCK=BLOCK_ITEMS, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    grid = cdiv(2 * nodes, BLOCK_ITEMS), heads
+    tensors = sorted_order, score_src, score_dst, top, order, weights
+    numbers = negative_slope, nodes, heads
+    launch_kernel(weights_kernel, grid, tensors, numbers, BLOCK=BLOCK_ITEMS, num_warps=NUM_WARPS)
 
 
 def num_chunks(nodes: int) -> int:
     """Chunks of the merged order of ``nodes`` rows and as many sources."""
-    return triton.cdiv(2 * nodes, CHUNK)
+    return cdiv(2 * nodes, CHUNK)
 
 
 def _sum_and_scan(
     x: torch.Tensor, order: torch.Tensor, weights: torch.Tensor, sums: torch.Tensor, of_sources: bool
 ) -> None:
     nodes, heads, columns = x.shape
-    grid = heads * num_chunks(nodes), triton.cdiv(columns + 1, BLOCK)
-    chunk_sums_kernel[grid](
-        x, order, weights, sums, nodes, heads, columns,
-        OF_SOURCES=of_sources, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    grid = heads * num_chunks(nodes), cdiv(columns + 1, BLOCK)
+    launch_kernel(chunk_sums_kernel, grid, (x, order, weights, sums), x.shape, OF_SOURCES=of_sources, **TILE)
     _scan(sums)
 
 
 def _scan(sums: torch.Tensor) -> None:
     _, heads, chunks, width = sums.shape
-    grid = 2 * heads, triton.cdiv(width, BLOCK)
-    scan_kernel[grid](sums, heads, chunks, width, SCANNED=SCANNED, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    grid, block = (2 * heads, cdiv(width, BLOCK)), {"SCANNED": SCANNED, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    launch_kernel(scan_kernel, grid, (sums,), (heads, chunks, width), **block)
 
 
 def graph_attention_complete(
@@ -358,12 +357,9 @@ def graph_attention_complete(
 ) -> None:
     """Launches the kernels of the forward pass; collect_kernel documents the tensors."""
     nodes, heads, columns = value.shape
-    with torch.cuda.device_of(value):
-        _sum_and_scan(value, order, weights, sums, True)
-        collect_kernel[(heads * num_chunks(nodes), triton.cdiv(columns, BLOCK))](
-            value, order, weights, sums, out, normalised, nodes, heads, columns,
-            CHUNK=CHUNK, BLOCK=BLOCK, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    _sum_and_scan(value, order, weights, sums, True)
+    grid, tensors = (heads * num_chunks(nodes), cdiv(columns, BLOCK)), (value, order, weights, sums, out, normalised)
+    launch_kernel(collect_kernel, grid, tensors, value.shape, **TILE)
 
 
 def graph_attention_complete_backward(
@@ -379,18 +375,14 @@ def graph_attention_complete_backward(
     grad_dst: torch.Tensor,
 ) -> None:
     """Launches the kernels of the backward pass, which document the tensors; ``sums``: of rows, sources, delta."""
-    nodes, heads, columns = value.shape
+    nodes, heads, _ = value.shape
     sums_rows, sums_sources, sums_delta = sums
-    programs = (heads * num_chunks(nodes),)
-    with torch.cuda.device_of(value):
-        _sum_and_scan(grad_out, order, weights, sums_rows, False)
-        _sum_and_scan(value, order, weights, sums_sources, True)
-        collect_backward_kernel[programs](
-            grad_out, value, order, weights, sums_rows, sums_sources, grad_value, dots, sums_delta,
-            nodes, heads, columns, NEEDS_VALUE=grad_value is not None, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=NUM_WARPS,
-        )  # fmt: skip
-        _scan(sums_delta)
-        grad_scores_kernel[programs](
-            order, weights, sums_sources, dots, sums_delta, grad_src, grad_dst, negative_slope,
-            nodes, heads, columns, CHUNK=CHUNK, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    grid = (heads * num_chunks(nodes),)
+    _sum_and_scan(grad_out, order, weights, sums_rows, False)
+    _sum_and_scan(value, order, weights, sums_sources, True)
+    tensors = grad_out, value, order, weights, sums_rows, sums_sources, grad_value, dots, sums_delta
+    launch_kernel(collect_backward_kernel, grid, tensors, value.shape, NEEDS_VALUE=grad_value is not None, **TILE)
+    _scan(sums_delta)
+    tensors = order, weights, sums_sources, dots, sums_delta, grad_src, grad_dst
+    numbers = negative_slope, *value.shape
+    launch_kernel(grad_scores_kernel, grid, tensors, numbers, CHUNK=CHUNK, num_warps=NUM_WARPS)

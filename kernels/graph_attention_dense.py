@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from mlfast.kernels.graph_attention import dropping, keep_factor, logit_below_largest
+from mlfast.kernels.launch import cdiv, launch_kernel, next_power_of_2
 
 MOST_COLUMNS = 512  # of a tile: with 1024 and dropout the gradient spills
 COLUMNS_ADDED = 128
@@ -153,24 +154,16 @@ def dense_weights(
     """Launches dense_weights_kernel, which documents the tensors; ``numbers`` are the negative slope and dropout."""
     heads, rows, nodes = weights.shape
     seed, threshold, scale, drops = dropping(numbers[1], seed, score_src)
-    with torch.cuda.device_of(weights):
-        dense_weights_kernel[(rows, heads)](
-            score_src,
-            score_dst,
-            score_src if mask is None else mask.view(torch.uint8),
-            seed,
-            weights,
-            nodes,
-            rows,
-            first,
-            numbers[0],
-            threshold,
-            scale,
-            HAS_MASK=mask is not None,
-            DROPS=drops,
-            BLOCK=min(triton.next_power_of_2(nodes), MOST_COLUMNS),
-            num_warps=NUM_WARPS,
-        )
+    launch_kernel(
+        dense_weights_kernel,
+        (rows, heads),
+        (score_src, score_dst, score_src if mask is None else mask.view(torch.uint8), seed, weights),
+        (nodes, rows, first, numbers[0], threshold, scale),
+        HAS_MASK=mask is not None,
+        DROPS=drops,
+        BLOCK=min(next_power_of_2(nodes), MOST_COLUMNS),
+        num_warps=NUM_WARPS,
+    )
 
 
 def dense_backward(
@@ -187,24 +180,15 @@ def dense_backward(
     """Launches dense_grad_kernel and add_columns_kernel."""
     heads, rows, nodes = weights.shape
     seed, threshold, scale, drops = dropping(numbers[1], seed, score_src)
-    with torch.cuda.device_of(weights):
-        dense_grad_kernel[(rows, heads)](
-            score_src,
-            score_dst,
-            seed,
-            weights,
-            grad,
-            grad_score_dst,
-            nodes,
-            rows,
-            first,
-            numbers[0],
-            threshold,
-            scale,
-            DROPS=drops,
-            BLOCK=min(triton.next_power_of_2(nodes), MOST_COLUMNS),
-            num_warps=NUM_WARPS,
-        )
-        add_columns_kernel[(triton.cdiv(nodes, COLUMNS_ADDED), heads)](
-            grad, grad_score_src, nodes, rows, BLOCK=COLUMNS_ADDED, num_warps=NUM_WARPS
-        )
+    launch_kernel(
+        dense_grad_kernel,
+        (rows, heads),
+        (score_src, score_dst, seed, weights, grad, grad_score_dst),
+        (nodes, rows, first, numbers[0], threshold, scale),
+        DROPS=drops,
+        BLOCK=min(next_power_of_2(nodes), MOST_COLUMNS),
+        num_warps=NUM_WARPS,
+    )
+    grid = cdiv(nodes, COLUMNS_ADDED), heads
+    block = {"BLOCK": COLUMNS_ADDED, "num_warps": NUM_WARPS}
+    launch_kernel(add_columns_kernel, grid, (grad, grad_score_src), (nodes, rows), **block)

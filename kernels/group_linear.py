@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mlfast.kernels.launch import cdiv, launch_kernel, next_power_of_2
+
 # 1 / length of every vector shorter than 1e-12, as in torch.nn.functional.normalize. Stored as it is, not divided: the
 # backward pass knows it again by its bits, however a device rounds divisions.
 MOST_INVERSE = tl.constexpr(1e12)
@@ -219,7 +221,7 @@ def tile(slots: int, forward: bool) -> dict[str, int]:
     names = "BLOCK_ROWS", "BLOCK_SLOTS", "BLOCK_FEATURES", "num_warps"
     if slots == 1:
         return dict(zip(names, (4, 1, 256, 1) if forward else (8, 1, 128, 1), strict=True))
-    padded = min(max(triton.next_power_of_2(slots), 16), 32)
+    padded = min(max(next_power_of_2(slots), 16), 32)
     return dict(zip(names, (32 if forward else 16, padded, 64, 4), strict=True))
 
 
@@ -242,21 +244,10 @@ def group_linear(
     """Launches group_linear_kernel, which documents the tensors; empty ``cosines`` are not written."""
     batch, groups, _, slots, _, _ = sizes
     chosen = options(sizes, x, weight, True)
-    grid = groups * triton.cdiv(batch, chosen["BLOCK_ROWS"]) * triton.cdiv(slots, chosen["BLOCK_SLOTS"])
-    with torch.cuda.device_of(x):
-        group_linear_kernel[(grid,)](
-            x,
-            weight,
-            bias,
-            out,
-            cosines if cosines.numel() > 0 else None,
-            inv_x,
-            inv_weight,
-            *sizes[:5],
-            x.stride(0),
-            x.stride(1),
-            **chosen,
-        )
+    programs = groups * cdiv(batch, chosen["BLOCK_ROWS"]) * cdiv(slots, chosen["BLOCK_SLOTS"])
+    tensors = x, weight, bias, out, cosines if cosines.numel() > 0 else None, inv_x, inv_weight
+    numbers = *sizes[:5], x.stride(0), x.stride(1)
+    launch_kernel(group_linear_kernel, (programs,), tensors, numbers, **chosen)
 
 
 def group_linear_backward(
@@ -273,14 +264,13 @@ def group_linear_backward(
     """Launches grad_x_kernel and grad_weight_kernel, each where its result is wanted."""
     batch, groups, features, slots, _, _ = sizes
     chosen = options(sizes, x, weight, False)
-    grid = groups * triton.cdiv(features, chosen["BLOCK_FEATURES"])
+    of_features = groups * cdiv(features, chosen["BLOCK_FEATURES"])
     inputs = grad_out, x, weight, cosines, inv_x, inv_weight
-    strides = x.stride(0), x.stride(1)
-    with torch.cuda.device_of(x):
-        if grad_x is not None:
-            programs = grid * triton.cdiv(batch, chosen["BLOCK_ROWS"])
-            grad_strides = grad_x.stride(0), grad_x.stride(1)
-            grad_x_kernel[(programs,)](*inputs, grad_x, *sizes[:5], *strides, *grad_strides, **chosen)
-        if grad_weight is not None:
-            programs = grid * triton.cdiv(slots, chosen["BLOCK_SLOTS"])
-            grad_weight_kernel[(programs,)](*inputs, grad_weight, *sizes[:5], *strides, **chosen)
+    numbers = *sizes[:5], x.stride(0), x.stride(1)
+    if grad_x is not None:
+        programs = of_features * cdiv(batch, chosen["BLOCK_ROWS"])
+        strides = grad_x.stride(0), grad_x.stride(1)
+        launch_kernel(grad_x_kernel, (programs,), (*inputs, grad_x), (*numbers, *strides), **chosen)
+    if grad_weight is not None:
+        programs = of_features * cdiv(slots, chosen["BLOCK_SLOTS"])
+        launch_kernel(grad_weight_kernel, (programs,), (*inputs, grad_weight), numbers, **chosen)

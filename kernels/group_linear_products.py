@@ -14,16 +14,18 @@ import triton
 import triton.language as tl
 
 from mlfast.kernels.group_linear import Sizes, inverse_length, square_unless_clamped
+from mlfast.kernels.launch import cdiv, launch_kernel, next_power_of_2
 
 BLOCK_FEATURES = 1024  # of a row
 BLOCK_ROWS, BLOCK_SLOTS = 16, 16
 TILE_FEATURES = 64  # of a weight's tile with BLOCK_SLOTS
 NUM_WARPS = 4
+TILE = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_SLOTS": BLOCK_SLOTS, "num_warps": NUM_WARPS}
 
 
 @triton.jit
 def inv_x_kernel(
-    x, inv_x, groups, features: tl.int32, batch_stride: tl.int64, group_stride: tl.int64, BLOCK: tl.constexpr
+    x, inv_x, groups: tl.int32, features: tl.int32, batch_stride: tl.int64, group_stride: tl.int64, BLOCK: tl.constexpr
 ):  # fmt: skip
     """1 / length of a row of x: [batch, groups, features] with these strides to [batch, groups]; a program has one."""
     T: tl.constexpr = inv_x.dtype.element_ty
@@ -211,21 +213,15 @@ def finish(
 ) -> None:
     """What follows the products x @ weight; empty ``cosines`` are not written."""
     batch, groups, features, slots, classes, cosine = sizes
-    slot_blocks = triton.cdiv(slots, BLOCK_SLOTS)
-    with torch.cuda.device_of(x):
-        if cosine:
-            inv_x_kernel[(batch * groups,)](
-                x, inv_x, groups, features, x.stride(0), x.stride(1), BLOCK=row_block(features), num_warps=1
-            )
-            inv_weight_kernel[groups, slot_blocks](
-                weight, inv_weight, features, slots,
-                BLOCK_SLOTS=BLOCK_SLOTS, BLOCK_FEATURES=TILE_FEATURES, num_warps=NUM_WARPS,
-            )  # fmt: skip
-        place_kernel[groups, triton.cdiv(batch, BLOCK_ROWS), slot_blocks](
-            products, inv_x, inv_weight, bias, out, cosines if cosines.numel() > 0 else None,
-            batch, groups, slots, classes,
-            COSINE=cosine, BLOCK_ROWS=BLOCK_ROWS, BLOCK_SLOTS=BLOCK_SLOTS, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    slot_blocks = cdiv(slots, BLOCK_SLOTS)
+    if cosine:
+        numbers = groups, features, x.stride(0), x.stride(1)
+        launch_kernel(inv_x_kernel, (batch * groups,), (x, inv_x), numbers, BLOCK=row_block(features), num_warps=1)
+        tile = {"BLOCK_SLOTS": BLOCK_SLOTS, "BLOCK_FEATURES": TILE_FEATURES, "num_warps": NUM_WARPS}
+        launch_kernel(inv_weight_kernel, (groups, slot_blocks), (weight, inv_weight), (features, slots), **tile)
+    grid = groups, cdiv(batch, BLOCK_ROWS), slot_blocks
+    tensors = products, inv_x, inv_weight, bias, out, cosines if cosines.numel() > 0 else None
+    launch_kernel(place_kernel, grid, tensors, (batch, groups, slots, classes), COSINE=cosine, **TILE)
 
 
 def factors(
@@ -240,27 +236,24 @@ def factors(
 ) -> None:
     """What precedes the products of the gradient; the last two are written for cosines alone."""
     batch, groups, _, slots, classes, cosine = sizes
-    tile = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_SLOTS": BLOCK_SLOTS, "num_warps": NUM_WARPS}
-    with torch.cuda.device_of(grad_out):
-        factors_kernel[groups, triton.cdiv(batch, BLOCK_ROWS)](
-            grad_out, cosines, inv_x, inv_weight, factors, shrink_x, batch, groups, slots, classes,
-            COSINE=cosine, **tile,
-        )  # fmt: skip
-        if cosine:
-            shrink_weight_kernel[groups, triton.cdiv(slots, BLOCK_SLOTS)](
-                grad_out, cosines, inv_weight, shrink_weight, batch, slots, classes, **tile
-            )
+    tensors = grad_out, cosines, inv_x, inv_weight, factors, shrink_x
+    grid = groups, cdiv(batch, BLOCK_ROWS)
+    launch_kernel(factors_kernel, grid, tensors, (batch, groups, slots, classes), COSINE=cosine, **TILE)
+    if cosine:
+        tensors = grad_out, cosines, inv_weight, shrink_weight
+        launch_kernel(
+            shrink_weight_kernel, (groups, cdiv(slots, BLOCK_SLOTS)), tensors, (batch, slots, classes), **TILE
+        )
 
 
 def take_x(products: torch.Tensor, x: torch.Tensor, shrink_x: torch.Tensor, grad_x: torch.Tensor) -> None:
     """Launches take_x_kernel, which documents the tensors."""
     batch, groups, features = x.shape
     block = row_block(features)
-    strides = (stride for tensor in (products, x, grad_x) for stride in tensor.stride()[:2])
-    with torch.cuda.device_of(x):
-        take_x_kernel[(batch * groups * triton.cdiv(features, block),)](
-            products, x, shrink_x, grad_x, groups, features, *strides, BLOCK=block, num_warps=1
-        )
+    strides = [stride for tensor in (products, x, grad_x) for stride in tensor.stride()[:2]]
+    programs = batch * groups * cdiv(features, block)
+    tensors, numbers = (products, x, shrink_x, grad_x), (groups, features, *strides)
+    launch_kernel(take_x_kernel, (programs,), tensors, numbers, BLOCK=block, num_warps=1)
 
 
 def take_weight(
@@ -268,13 +261,11 @@ def take_weight(
 ) -> None:
     """Launches take_weight_kernel, which documents the tensors."""
     groups, features, slots = weight.shape
-    blocks = triton.cdiv(features * slots, BLOCK_FEATURES)
-    with torch.cuda.device_of(weight):
-        take_weight_kernel[(groups * blocks,)](
-            products, weight, shrink_weight, grad_weight, features, slots, BLOCK=BLOCK_FEATURES, num_warps=NUM_WARPS
-        )
+    programs = groups * cdiv(features * slots, BLOCK_FEATURES)
+    tensors, numbers = (products, weight, shrink_weight, grad_weight), (features, slots)
+    launch_kernel(take_weight_kernel, (programs,), tensors, numbers, BLOCK=BLOCK_FEATURES, num_warps=NUM_WARPS)
 
 
 def row_block(features: int) -> int:
     """Features that a program of one warp reads at a time."""
-    return min(triton.next_power_of_2(features), BLOCK_FEATURES)
+    return min(next_power_of_2(features), BLOCK_FEATURES)

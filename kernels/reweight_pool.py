@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from mlfast.kernels.launch import cdiv, launch_kernel, next_power_of_2
+
 TILE = 1024  # elements of a program's tile in NCHW: 4 channels of 14 x 14
 # In channels_last a tile is 64 channels wide: 128 bytes or more of neighbours in memory.
 CHANNELS_IN_CHANNELS_LAST, POSITIONS_IN_CHANNELS_LAST = 64, 32
@@ -174,7 +176,7 @@ def tile(positions: int, channels_last: bool, forward: bool) -> dict[str, int]:
         wide, num_warps = POSITIONS_IN_CHANNELS_LAST, 8 if forward else 4
     else:
         elements, num_warps = (TILE, 2) if forward else (TILE // 2, 1)
-        wide = max(min(triton.next_power_of_2(positions), elements), 32)
+        wide = max(min(next_power_of_2(positions), elements), 32)
         channels = elements // wide
     return {"BLOCK_CHANNELS": channels, "BLOCK_POSITIONS": wide, "num_warps": num_warps}
 
@@ -190,20 +192,16 @@ def reweight_pool(
     """Launches reweight_pool_kernel, which documents the tensors; an empty ``argmax`` is not written."""
     batch, channels, positions, channels_last = sizes
     chosen = tile(positions, channels_last, True)
-    with torch.cuda.device_of(features):
-        reweight_pool_kernel[(batch * triton.cdiv(channels, chosen["BLOCK_CHANNELS"]),)](
-            features,
-            weight,
-            out,
-            argmax,
-            weight_slope,
-            channels,
-            positions,
-            CHANNELS_LAST=channels_last,
-            NEEDS_GRAD=argmax.numel() > 0,
-            WHOLE=positions <= chosen["BLOCK_POSITIONS"],
-            **chosen,
-        )
+    launch_kernel(
+        reweight_pool_kernel,
+        (batch * cdiv(channels, chosen["BLOCK_CHANNELS"]),),
+        (features, weight, out, argmax, weight_slope),
+        (channels, positions),
+        CHANNELS_LAST=channels_last,
+        NEEDS_GRAD=argmax.numel() > 0,
+        WHOLE=positions <= chosen["BLOCK_POSITIONS"],
+        **chosen,
+    )
 
 
 def reweight_pool_backward(
@@ -218,26 +216,11 @@ def reweight_pool_backward(
     """Launches grad_features_kernel and grad_weight_kernel, each where its result is wanted."""
     batch, channels, positions, channels_last = sizes
     chosen = tile(positions, channels_last, False)
-    with torch.cuda.device_of(grad_out):
-        if grad_features is not None:
-            grad_features_kernel[(batch * triton.cdiv(channels, chosen["BLOCK_CHANNELS"]),)](
-                grad_out,
-                weight,
-                argmax,
-                grad_features,
-                channels,
-                positions,
-                CHANNELS_LAST=channels_last,
-                **chosen,
-            )
-        if grad_weight is not None:
-            grad_weight_kernel[(triton.cdiv(channels, BLOCK_CHANNELS),)](
-                grad_out,
-                weight_slope,
-                grad_weight,
-                batch,
-                channels,
-                BLOCK_BATCH=BLOCK_BATCH,
-                BLOCK_CHANNELS=BLOCK_CHANNELS,
-                num_warps=NUM_WARPS,
-            )
+    if grad_features is not None:
+        grid = (batch * cdiv(channels, chosen["BLOCK_CHANNELS"]),)
+        tensors = grad_out, weight, argmax, grad_features
+        launch_kernel(grad_features_kernel, grid, tensors, (channels, positions), CHANNELS_LAST=channels_last, **chosen)
+    if grad_weight is not None:
+        grid = (cdiv(channels, BLOCK_CHANNELS),)
+        block = {"BLOCK_BATCH": BLOCK_BATCH, "BLOCK_CHANNELS": BLOCK_CHANNELS, "num_warps": NUM_WARPS}
+        launch_kernel(grad_weight_kernel, grid, (grad_out, weight_slope, grad_weight), (batch, channels), **block)

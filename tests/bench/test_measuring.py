@@ -59,8 +59,21 @@ def test_a_race_leaves_its_details(clock):
     assert found["ratio_quartiles"] == {"eager": [4, 4, 4]}
     assert found["peak_bytes"] == {"eager": 0, "mlfast": 0}
     assert "kernel_us" not in found or torch.cuda.is_available()
-    taking_turns = calls[4:18]
-    assert taking_turns == ["eager", "mlfast"] * 7
+    rounds = [calls[i : i + 2] for i in range(4, 18, 2)]
+    assert all(sorted(turns) == ["eager", "mlfast"] for turns in rounds)
+    assert {turns[0] for turns in rounds} == {"eager", "mlfast"}  # nobody always comes first
+
+
+def test_a_round_has_one_input_and_every_place_is_drawn(clock):
+    benchmark, calls, names = Benchmark(), [], ("a", "b", "mlfast")
+    contestants = {name: lambda x, name=name: calls.append((name, x)) or clock.sleep(1e-3) for name in names}
+    inputs = [(1,), (2,), (3,)]
+    times = race.take_turns(benchmark, contestants, inputs, "mlfast", 60)
+    assert {name: len(of) for name, of in times.items()} == dict.fromkeys(names, 60)
+    rounds = [calls[i : i + 3] for i in range(0, 180, 3)]
+    assert [x for turns in rounds for _, x in turns] == [1 + number % 3 for number in range(60) for _ in names]
+    orders = {tuple(name for name, _ in turns) for turns in rounds}
+    assert len(orders) == 6
 
 
 def test_large_inputs_have_no_hot_loop_and_slow_rounds_are_few(monkeypatch, clock):

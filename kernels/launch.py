@@ -1,0 +1,62 @@
+"""Launches of Triton kernels that cost Python little.
+
+`kernel[grid](...)` inspects every argument, builds a text of what it finds, and looks the compiled kernel up by that.
+Here it is found by the few facts that Triton compiles anew for, and takes addresses, which need no look into tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+Numbers = tuple[int | float, ...]
+
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def launch_kernel(
+    kernel: Any, grid: tuple[int, ...], tensors: tuple[torch.Tensor | None, ...], numbers: Numbers, **constants: Any
+) -> None:
+    """Does what ``kernel[grid](*tensors, *numbers, **constants)`` does, on the device of the first tensor.
+
+    Args:
+        kernel: A `triton.jit` function whose arguments are tensors, then numbers, then constants.
+        grid: One to three numbers of programs.
+        tensors: Tensors, the first of which is there, or None.
+        numbers: Integers below 2^31 or of an annotated type, floats, and constants that are bools.
+        constants: The other constants by name, and options of the launch such as num_warps.
+    """
+    first = tensors[0]
+    assert first is not None
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    key = (
+        kernel.fn,
+        first.device,
+        *[None if tensor is None else tensor.dtype for tensor in tensors],
+        *[None if address is None else address % 16 == 0 for address in addresses],
+        *[(number == 1, number % 16 == 0) for number in numbers],  # True is not False here
+        *constants.items(),
+    )
+    found = _compiled.get(key)
+    with torch.cuda.device_of(first):
+        if found is not None:
+            compiled, last = found
+            compiled[(*grid, 1, 1)](*addresses, *numbers, *last)
+            return
+        compiled = kernel[grid](*tensors, *numbers, **constants)
+    if (
+        compiled is not None and torch.version.hip is None
+    ):  # not the interpreter; ROCm compiles for sizes of tensors too
+        names = kernel.arg_names[len(tensors) + len(numbers) :]
+        _compiled[key] = compiled, tuple(constants[name] for name in names)

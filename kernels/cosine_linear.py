@@ -21,25 +21,35 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def inverse_norms_kernel(vectors, inverse, length: tl.int32, BLOCK: tl.constexpr):
-    """1 / max(norm, 1e-12) of a vector; a program has one.
-
-    Args:
-        vectors: Pointer to [count, length].
-        inverse: Pointer to the result, [count].
-        length: Elements of a vector.
-        BLOCK: Elements that a program reads at a time.
-    """
-    T: tl.constexpr = vectors.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
+def _inverse_norm(vector, to, length, BLOCK: tl.constexpr):
+    """Writes 1 / max(norm, 1e-12) of one vector."""
+    T: tl.constexpr = to.dtype.element_ty
     squares = tl.zeros((BLOCK,), T)
     for start in range(0, length, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        v = tl.load(vectors + row * length + at, mask=at < length, other=0.0)
+        v = tl.load(vector + at, mask=at < length, other=0.0)
         squares += v * v
     norm = tl.sqrt(tl.sum(squares.to(tl.float64), axis=0))
     most = tl.full((), MOST_INVERSE, tl.float64)
-    tl.store(inverse + row, tl.where(norm * most < 1, most, 1 / norm).to(T))  # NaN stays NaN
+    tl.store(to, tl.where(norm * most < 1, most, 1 / norm).to(T))  # NaN stays NaN
+
+
+@triton.jit
+def inverse_norms_kernel(x, weight, inverse_x, inverse_w, batch: tl.int32, length: tl.int32, BLOCK: tl.constexpr):
+    """1 / max(norm, 1e-12) of features and of weights; a program has one vector.
+
+    Args:
+        x, weight: Pointers to [batch, length] and [classes, length].
+        inverse_x, inverse_w: Pointers to the results, [batch] and [classes].
+        batch, length: Sizes.
+        BLOCK: Elements that a program reads at a time.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    if row < batch:
+        _inverse_norm(x + row * length, inverse_x + row, length, BLOCK)
+    else:
+        row -= batch
+        _inverse_norm(weight + row * length, inverse_w + row, length, BLOCK)
 
 
 @triton.jit
@@ -63,39 +73,55 @@ def scale_kernel(values, inverse_x, inverse_w, out, classes: tl.int32, BLOCK: tl
 
 
 @triton.jit
-def project_kernel(grad, vectors, inverse, length: tl.int32, BLOCK: tl.constexpr):
-    """grad -= <grad, v> v / |v|^2 in place, except where the norm was clamped; a program has one vector.
-
-    Args:
-        grad: Pointer to [count, length].
-        vectors: Pointer to [count, length].
-        inverse: Pointer to [count], from inverse_norms_kernel.
-        length: Elements of a vector.
-        BLOCK: Elements that a program reads at a time.
-    """
+def _project(grad, vector, inverse, length, BLOCK: tl.constexpr):
+    """grad -= <grad, v> v / |v|^2 in place, except where the norm was clamped, for one vector."""
     T: tl.constexpr = grad.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    scale = tl.load(inverse + row)
+    scale = tl.load(inverse)
     products = tl.zeros((BLOCK,), T)
     for start in range(0, length, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        g = tl.load(grad + row * length + at, mask=at < length, other=0.0)
-        products += g * tl.load(vectors + row * length + at, mask=at < length, other=0.0)
+        g = tl.load(grad + at, mask=at < length, other=0.0)
+        products += g * tl.load(vector + at, mask=at < length, other=0.0)
     along = (tl.sum(products.to(tl.float64), axis=0) * scale.to(tl.float64)).to(T)
     clamped = scale == tl.full((), MOST_INVERSE, tl.float64).to(T)  # the norm was a constant: there is no part to take
     end = tl.where(clamped, 0, length)
     for start in range(0, length, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        inside = at < end
-        g = tl.load(grad + row * length + at, mask=inside, other=0.0)
-        v = tl.load(vectors + row * length + at, mask=inside, other=0.0)
-        tl.store(grad + row * length + at, g - along * (scale * v), mask=inside)
+        g = tl.load(grad + at, mask=at < end, other=0.0)
+        v = tl.load(vector + at, mask=at < end, other=0.0)
+        tl.store(grad + at, g - along * (scale * v), mask=at < end)
 
 
-def inverse_norms(vectors: torch.Tensor, inverse: torch.Tensor) -> None:
+@triton.jit
+def project_kernel(
+    x, weight, inverse_x, inverse_w, grad_x, grad_weight, batch: tl.int32, length: tl.int32, BLOCK: tl.constexpr
+):
+    """Takes from gradients, in place, their parts along the vectors; a program has one vector.
+
+    Args:
+        x, weight, inverse_x, inverse_w: As in inverse_norms_kernel.
+        grad_x, grad_weight: Pointers to the gradients, or None, and then there are no programs for them.
+        batch: Programs for grad_x, the first ones.
+        length, BLOCK: As in inverse_norms_kernel.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    if row < batch:
+        if grad_x is not None:
+            _project(grad_x + row * length, x + row * length, inverse_x + row, length, BLOCK)
+    else:
+        row -= batch
+        if grad_weight is not None:
+            _project(grad_weight + row * length, weight + row * length, inverse_w + row, length, BLOCK)
+
+
+# ------------------------------------------------------------------------------------------------------------ launches
+
+
+def inverse_norms(x: torch.Tensor, weight: torch.Tensor, inverse_x: torch.Tensor, inverse_w: torch.Tensor) -> None:
     """Launches inverse_norms_kernel, which documents the tensors."""
-    count, length = vectors.shape
-    launch_kernel(inverse_norms_kernel, (count,), (vectors, inverse), (length,), BLOCK=BLOCK, num_warps=NUM_WARPS)
+    batch, length = x.shape
+    grid, tensors = (batch + len(weight),), (x, weight, inverse_x, inverse_w)
+    launch_kernel(inverse_norms_kernel, grid, tensors, (batch, length), BLOCK=BLOCK, num_warps=NUM_WARPS)
 
 
 def scale(values: torch.Tensor, inverse_x: torch.Tensor, inverse_w: torch.Tensor, out: torch.Tensor) -> None:
@@ -105,7 +131,16 @@ def scale(values: torch.Tensor, inverse_x: torch.Tensor, inverse_w: torch.Tensor
     launch_kernel(scale_kernel, (batch * cdiv(classes, BLOCK),), tensors, (classes,), BLOCK=BLOCK, num_warps=NUM_WARPS)
 
 
-def project(grad: torch.Tensor, vectors: torch.Tensor, inverse: torch.Tensor) -> None:
+def project(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    inverse_x: torch.Tensor,
+    inverse_w: torch.Tensor,
+    grad_x: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+) -> None:
     """Launches project_kernel, which documents the tensors."""
-    count, length = grad.shape
-    launch_kernel(project_kernel, (count,), (grad, vectors, inverse), (length,), BLOCK=BLOCK, num_warps=NUM_WARPS)
+    batch = 0 if grad_x is None else len(x)
+    grid = (batch + (0 if grad_weight is None else len(weight)),)
+    tensors, numbers = (x, weight, inverse_x, inverse_w, grad_x, grad_weight), (batch, x.shape[1])
+    launch_kernel(project_kernel, grid, tensors, numbers, BLOCK=BLOCK, num_warps=NUM_WARPS)

@@ -35,7 +35,9 @@ def reference(x: Tensor, weight: Tensor) -> Tensor:
 def launch(backend: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The cosines [..., K], and for the gradient the inverse norms of features [B] and weights [K]."""
     features, weights = _vectors(x, x.dtype), _vectors(weight, x.dtype)
-    inverse_x, inverse_w = (_inverse_norms(backend, vectors) for vectors in (features, weights))
+    inverse_x, inverse_w = features.new_empty(len(features)), weights.new_empty(len(weights))
+    if len(features) + len(weights) > 0:
+        INVERSE_NORMS[backend](features, weights, inverse_x, inverse_w)
     cos = features.new_empty(*x.shape[:-1], len(weights))
     rows = cos.view(len(features), len(weights))
     torch.mm(features, weights.t(), out=rows)  # what writes to `out` is left alone by autocast
@@ -57,16 +59,14 @@ def launch_backward(
     grad_cos = grad_cos.reshape(len(features), len(weights)).contiguous().resolve_neg()
     scaled = torch.empty_like(grad_cos)
     _scale(backend, grad_cos, inverse_x, inverse_w, scaled)
-    grad_x = grad_weight = None
-    if needs[0]:
-        grad_x = torch.mm(scaled, weights, out=_fresh(backend, features))
-        _project(backend, grad_x, features, inverse_x)
-        grad_x = grad_x.view(x.shape).to(x.dtype)
-    if needs[1]:
-        grad_weight = torch.mm(scaled.t(), features, out=_fresh(backend, weights))
-        _project(backend, grad_weight, weights, inverse_w)
-        grad_weight = grad_weight.to(weight.dtype)
-    return grad_x, grad_weight
+    grad_x = torch.mm(scaled, weights, out=_fresh(backend, features)) if needs[0] else None
+    grad_weight = torch.mm(scaled.t(), features, out=_fresh(backend, weights)) if needs[1] else None
+    if any(grad is not None and grad.numel() > 0 for grad in (grad_x, grad_weight)):
+        PROJECT[backend](features, weights, inverse_x, inverse_w, grad_x, grad_weight)
+    return (
+        None if grad_x is None else grad_x.view(x.shape).to(x.dtype),
+        None if grad_weight is None else grad_weight.to(weight.dtype),
+    )
 
 
 def _vectors(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,30 +82,16 @@ def _fresh(backend: str, like: Tensor) -> Tensor:
     return out
 
 
-def _inverse_norms(backend: str, vectors: Tensor) -> Tensor:
-    """1 / max(norm, 1e-12) of each row."""
-    inverse = vectors.new_empty(len(vectors))
-    if vectors.numel() > 0:
-        INVERSE_NORMS[backend](vectors, inverse)
-    return inverse
-
-
 def _scale(backend: str, values: Tensor, inverse_x: Tensor, inverse_w: Tensor, out: Tensor) -> None:
     """Writes values * inverse_x[:, None] * inverse_w to ``out``, which may be ``values``."""
     if values.numel() > 0:
         SCALE[backend](values, inverse_x, inverse_w, out)
 
 
-def _project(backend: str, grad: Tensor, vectors: Tensor, inverse: Tensor) -> None:
-    """Takes from each row of ``grad``, in place, its part along the vector; not where the norm was clamped."""
-    if grad.numel() > 0:
-        PROJECT[backend](grad, vectors, inverse)
-
-
-def _inverse_norms_cpu(vectors: Tensor, inverse: Tensor) -> None:
-    _native.cosine_linear_inverse_norms_cpu(
-        vectors.data_ptr(), CODES[vectors.dtype], *vectors.shape, inverse.data_ptr()
-    )
+def _inverse_norms_cpu(features: Tensor, weights: Tensor, inverse_x: Tensor, inverse_w: Tensor) -> None:
+    for vectors, inverse in ((features, inverse_x), (weights, inverse_w)):
+        call = vectors.data_ptr(), CODES[vectors.dtype], *vectors.shape, inverse.data_ptr()
+        _native.cosine_linear_inverse_norms_cpu(*call)
 
 
 def _scale_cpu(values: Tensor, inverse_x: Tensor, inverse_w: Tensor, out: Tensor) -> None:
@@ -113,9 +99,18 @@ def _scale_cpu(values: Tensor, inverse_x: Tensor, inverse_w: Tensor, out: Tensor
     _native.cosine_linear_scale_cpu(values.data_ptr(), CODES[values.dtype], *values.shape, *addresses)
 
 
-def _project_cpu(grad: Tensor, vectors: Tensor, inverse: Tensor) -> None:
-    addresses = vectors.data_ptr(), inverse.data_ptr()
-    _native.cosine_linear_project_cpu(grad.data_ptr(), CODES[grad.dtype], *grad.shape, *addresses)
+def _project_cpu(
+    features: Tensor,
+    weights: Tensor,
+    inverse_x: Tensor,
+    inverse_w: Tensor,
+    grad_x: Tensor | None,
+    grad_weight: Tensor | None,
+) -> None:
+    for grad, vectors, inverse in ((grad_x, features, inverse_x), (grad_weight, weights, inverse_w)):
+        if grad is not None:
+            addresses = vectors.data_ptr(), inverse.data_ptr()
+            _native.cosine_linear_project_cpu(grad.data_ptr(), CODES[grad.dtype], *grad.shape, *addresses)
 
 
 def _inverse_norms_triton(*tensors: Tensor) -> None:
@@ -130,7 +125,7 @@ def _scale_triton(*tensors: Tensor) -> None:
     kernel(*tensors)
 
 
-def _project_triton(*tensors: Tensor) -> None:
+def _project_triton(*tensors: Tensor | None) -> None:
     from mlfast.kernels.cosine_linear import project as kernel
 
     kernel(*tensors)

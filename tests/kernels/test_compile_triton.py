@@ -12,13 +12,13 @@ from tests.kernels.compilers import H100, TARGETS, assert_no_spills
 def cosine_linear_jobs(real):
     """The three kernels of cosine_linear, for vectors of any length."""
     tensors = {
-        "inverse_norms_kernel": ("vectors", "inverse"),
+        "inverse_norms_kernel": ("x", "weight", "inverse_x", "inverse_w"),
         "scale_kernel": ("values", "inverse_x", "inverse_w", "out"),
-        "project_kernel": ("grad", "vectors", "inverse"),
+        "project_kernel": ("x", "weight", "inverse_x", "inverse_w", "grad_x", "grad_weight"),
     }
     for kernel, names in tensors.items():
         signature = dict.fromkeys(names, "*" + real)
-        signature |= {"classes" if kernel == "scale_kernel" else "length": "i32"}
+        signature |= dict.fromkeys(("classes",) if kernel == "scale_kernel" else ("batch", "length"), "i32")
         yield "cosine_linear", kernel, signature, {"BLOCK": 1024}, {}
 
 

@@ -185,14 +185,17 @@ def test_guard_bands(backend, device):
     for sizes, dtype in itertools.product(((1, 1, 1), (3, 37, 5), (2, 9, 1025)), (torch.float32, torch.float64)):
         batch, length, classes = sizes
         x, weight = (t.to(dtype) for t in example(*sizes, device=device))
-        shapes = (batch,), (batch, classes), (batch, length)
+        shapes = (batch,), (classes,), (batch, classes), (batch, length), (classes, length)
         buffers, outs = zip(*(guarded(shape, dtype, device) for shape in shapes), strict=True)
-        inverse_x, cos, grad = outs
-        INVERSE_NORMS[backend](x, inverse_x)
-        SCALE[backend](x @ weight.t(), inverse_x, 1 / weight.norm(dim=1), cos)
+        inverse_x, inverse_w, cos, grad_x, grad_weight = outs
+        INVERSE_NORMS[backend](x, weight, inverse_x, inverse_w)
+        SCALE[backend](x @ weight.t(), inverse_x, inverse_w, cos)
         torch.testing.assert_close(cos, reference(x, weight))
-        grad.copy_(x.flip(1))
-        PROJECT[backend](grad, x, inverse_x)
+        grad_x.copy_(x.flip(1)), grad_weight.copy_(weight.flip(1))
+        PROJECT[backend](x, weight, inverse_x, inverse_w, grad_x, grad_weight)
+        for grad, vectors in ((grad_x, x), (grad_weight, weight)):
+            along = (vectors.flip(1) * vectors).sum(1, keepdim=True) / vectors.square().sum(1, keepdim=True)
+            torch.testing.assert_close(grad, vectors.flip(1) - along * vectors)
         assert_written(buffers)
 
 
@@ -212,7 +215,7 @@ def test_more_than_two_to_the_31_elements():
     vectors = torch.from_numpy(numpy.zeros((2**21 + 2, 1025), dtype=numpy.float32))
     vectors[-1, -1] = 2.0
     inverse = torch.empty(len(vectors))
-    INVERSE_NORMS["cpu"](vectors, inverse)
+    INVERSE_NORMS["cpu"](vectors, torch.ones(0, 1025), inverse, torch.empty(0))
     assert inverse[-1] == 0.5
     assert (inverse[:-1] == 1e12).all()
 
@@ -237,11 +240,10 @@ def test_bit_equal_over_threads():
 
     def run():
         inverse_x, inverse_w = torch.empty(70), torch.empty(3000)
-        INVERSE_NORMS["cpu"](x, inverse_x)
-        INVERSE_NORMS["cpu"](weight, inverse_w)
+        INVERSE_NORMS["cpu"](x, weight, inverse_x, inverse_w)
         cos, projected = torch.empty_like(product), grad.clone()
         SCALE["cpu"](product, inverse_x, inverse_w, cos)
-        PROJECT["cpu"](projected, x, inverse_x)
+        PROJECT["cpu"](x, weight, inverse_x, inverse_w, projected, None)
         return inverse_x, inverse_w, cos, projected
 
     assert_bit_equal(over_threads(run))

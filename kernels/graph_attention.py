@@ -14,11 +14,9 @@ import triton.language as tl
 
 from mlfast.kernels.launch import cdiv, launch_kernel, next_power_of_2
 
-# A program is one warp, so that no sum crosses warps, and its edges are few, for most labels have few neighbours: with
-# more ptxas spills, backward with more than two.
-BLOCK_EDGES, BLOCK_EDGES_BACKWARD = 4, 2
-TILE_BYTES = 1024  # of a neighbour's vector: with four edges 32 float32 elements a thread
-NUM_WARPS = 1
+NUM_WARPS = 1  # where a program has no vectors
+BLOCK_SCORES = 32  # edges whose scores are looked at together: a warp's
+FEW_PROGRAMS = 2048  # fewer than this leave an H200 idle, unless each has several warps
 
 
 @triton.jit
@@ -63,7 +61,7 @@ def graph_attention_kernel(
     value, score_src, score_dst, indptr, indices, seed, out, statistics,
     nodes: tl.int32, heads: tl.int32, features: tl.int32,
     negative_slope: tl.float64, threshold: tl.int64, scale: tl.float64,
-    DROPS: tl.constexpr, BLOCK_EDGES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
+    DROPS: tl.constexpr, BLOCK_SCORES: tl.constexpr, BLOCK_EDGES: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
 ):  # fmt: skip
     """Attention of one row and head over its neighbours, a tile of features.
 
@@ -79,6 +77,7 @@ def graph_attention_kernel(
         negative_slope: Of the LeakyReLU.
         threshold, scale: Random words below threshold drop a weight; others multiply it by scale.
         DROPS: Whether there is dropout.
+        BLOCK_SCORES: Edges whose scores are looked at together.
         BLOCK_EDGES, BLOCK_FEATURES: The tile.
     """
     T: tl.constexpr = score_src.dtype.element_ty
@@ -86,9 +85,9 @@ def graph_attention_kernel(
     begin = tl.load(indptr + row // heads)
     count = (tl.load(indptr + row // heads + 1) - begin).to(tl.int32)
     slope = tl.full((), negative_slope, T)
-    highest = tl.full((BLOCK_EDGES,), float("-inf"), T)
-    for start in range(0, count, BLOCK_EDGES):
-        edge = start + tl.arange(0, BLOCK_EDGES)
+    highest = tl.full((BLOCK_SCORES,), float("-inf"), T)
+    for start in range(0, count, BLOCK_SCORES):
+        edge = start + tl.arange(0, BLOCK_SCORES)
         j = tl.load(indices + begin + edge, mask=edge < count, other=0).to(tl.int64)
         src = tl.load(score_src + j * heads + row % heads, mask=edge < count, other=float("-inf"))
         highest = tl.maximum(highest, src)
@@ -242,9 +241,17 @@ def dropping(
     return otherwise if seed is None else seed, int(dropout * 2**32), 1 / (1 - dropout), seed is not None
 
 
-def block_features(value: torch.Tensor) -> int:
-    """Features of a tile; 16-bit values are float32 there."""
-    return min(next_power_of_2(value.shape[2]), TILE_BYTES // max(value.element_size(), 4))
+def tile(value: torch.Tensor, forward: bool) -> dict[str, int]:
+    """Edges and features of a program, and its warps, as they were the fastest on an H200.
+
+    One warp, where that makes enough programs: then no sum crosses warps.
+    """
+    nodes, heads, features = value.shape
+    num_warps = 1 if nodes * heads >= FEW_PROGRAMS else 4
+    most = 32 * num_warps * (4 if value.dtype == torch.float64 else 8)  # features of one edge
+    block = min(next_power_of_2(features), most)
+    edges = (4 if forward else 2) * most // block  # with more ptxas spills
+    return {"BLOCK_EDGES": min(edges, 16), "BLOCK_FEATURES": block, "num_warps": num_warps}
 
 
 def graph_attention(
@@ -261,16 +268,15 @@ def graph_attention(
     nodes, heads, features = value.shape
     indptr, indices = edges[:2]
     seed, threshold, scale, drops = dropping(numbers[1], seed, indptr)
-    block = block_features(value)
+    chosen = tile(value, True)
     launch_kernel(
         graph_attention_kernel,
-        (nodes * heads, cdiv(features, block)),
+        (nodes * heads, cdiv(features, chosen["BLOCK_FEATURES"])),
         (value, score_src, score_dst, indptr, indices, seed, out, statistics),
         (nodes, heads, features, numbers[0], threshold, scale),
         DROPS=drops,
-        BLOCK_EDGES=BLOCK_EDGES,
-        BLOCK_FEATURES=block,
-        num_warps=NUM_WARPS,
+        BLOCK_SCORES=BLOCK_SCORES,
+        **chosen,
     )
 
 
@@ -300,11 +306,9 @@ def graph_attention_backward(
         (*of_edges, grad_out, grad_value, grad_logits),
         (nodes, heads, features, numbers[0], threshold, scale),
         DROPS=drops,
-        BLOCK_EDGES=BLOCK_EDGES_BACKWARD,
-        BLOCK_FEATURES=block_features(value),
-        num_warps=NUM_WARPS,
+        **tile(value, False),
     )
-    block = {"BLOCK_EDGES": BLOCK_EDGES, "num_warps": NUM_WARPS}
+    block = {"BLOCK_EDGES": BLOCK_SCORES, "num_warps": NUM_WARPS}
     of_rows = score_src, score_dst, indptr, indices, statistics, grad_logits, grad_score_dst
     launch_kernel(grad_logits_kernel, grid, of_rows, (heads, numbers[0]), **block)
     of_sources = indptr_t, edges_t, grad_logits, grad_score_src

@@ -12,8 +12,7 @@ from mlfast.kernels.graph_attention import dropping, keep_factor, logit_below_la
 from mlfast.kernels.launch import cdiv, launch_kernel, next_power_of_2
 
 MOST_COLUMNS = 512  # of a tile: with 1024 and dropout the gradient spills
-COLUMNS_ADDED = 128
-NUM_WARPS = 4
+ADDED = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 32, "num_warps": 4}
 
 
 @triton.jit
@@ -121,25 +120,34 @@ def dense_grad_kernel(
     tl.store(grad_score_dst + head * nodes + i, tl.sum(by_dst, axis=0).to(T))
 
 
-@triton.jit(do_not_specialize=["nodes", "rows"])
-def add_columns_kernel(grad, grad_score_src, nodes: tl.int32, rows: tl.int32, BLOCK: tl.constexpr):
-    """Adds the sums of the columns of grad [heads, rows, nodes] to grad_score_src [heads, nodes], in the rows' order.
+@triton.jit(do_not_specialize=["nodes", "rows", "first"])
+def add_columns_kernel(
+    grad, grad_score_src, nodes: tl.int32, rows: tl.int32, first: tl.int32,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The sums of the columns of grad [heads, rows, nodes], added to what grad_score_src [heads, nodes] has of others.
 
     Args:
         grad, grad_score_src: Pointers, in the computing type.
-        nodes, rows: Sizes.
-        BLOCK: Columns of a program.
+        nodes, rows, first: Sizes, and the first row of the block: where it is 0, there is nothing to add to.
+        BLOCK_ROWS, BLOCK_COLUMNS: The tile; a program has BLOCK_COLUMNS of one head.
     """
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     head = tl.program_id(1).to(tl.int64)
-    total = tl.zeros((BLOCK,), tl.float64)
-    at = grad + head * rows * nodes + column
-    for _ in range(0, rows):
-        total += tl.load(at, mask=column < nodes, other=0.0).to(tl.float64)
-        at += nodes
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float64)
+    for start in range(0, rows, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        at = grad + (head * rows + row)[:, None] * nodes + column[None, :]
+        total += tl.load(at, mask=(row < rows)[:, None] & (column < nodes)[None, :], other=0.0).to(tl.float64)
     to = grad_score_src + head * nodes + column
-    before = tl.load(to, mask=column < nodes, other=0.0)
-    tl.store(to, before + total.to(before.dtype), mask=column < nodes)
+    before = tl.load(to, mask=(column < nodes) & (first > 0), other=0.0)
+    tl.store(to, before + tl.sum(total, axis=0).to(before.dtype), mask=column < nodes)
+
+
+def tile(nodes: int) -> dict[str, int]:
+    """Columns that a program reads at a time, and its warps: the fewer warps, the less do sums cross them."""
+    block = min(max(next_power_of_2(nodes), 128), MOST_COLUMNS)
+    return {"BLOCK": block, "num_warps": block // 128}
 
 
 def dense_weights(
@@ -161,8 +169,7 @@ def dense_weights(
         (nodes, rows, first, numbers[0], threshold, scale),
         HAS_MASK=mask is not None,
         DROPS=drops,
-        BLOCK=min(next_power_of_2(nodes), MOST_COLUMNS),
-        num_warps=NUM_WARPS,
+        **tile(nodes),
     )
 
 
@@ -186,9 +193,7 @@ def dense_backward(
         (score_src, score_dst, seed, weights, grad, grad_score_dst),
         (nodes, rows, first, numbers[0], threshold, scale),
         DROPS=drops,
-        BLOCK=min(next_power_of_2(nodes), MOST_COLUMNS),
-        num_warps=NUM_WARPS,
+        **tile(nodes),
     )
-    grid = cdiv(nodes, COLUMNS_ADDED), heads
-    block = {"BLOCK": COLUMNS_ADDED, "num_warps": NUM_WARPS}
-    launch_kernel(add_columns_kernel, grid, (grad, grad_score_src), (nodes, rows), **block)
+    grid, numbers = (cdiv(nodes, ADDED["BLOCK_COLUMNS"]), heads), (nodes, rows, first)
+    launch_kernel(add_columns_kernel, grid, (grad, grad_score_src), numbers, **ADDED)

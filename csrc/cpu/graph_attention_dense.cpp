@@ -199,7 +199,11 @@ void dense_backward(const Attention& a, const DenseRows& block, const DenseRowsB
     const T* grad = static_cast<const T*>(grads.grad) + head * size + first;
     T sum[kColumnTile] = {};
     for (int64_t r = 0; r < block.rows; ++r) add(grad + r * nodes, sum, n);
-    add(sum, grad_src + head * nodes + first, n);
+    T* to = grad_src + head * nodes + first;
+    if (block.first == 0)
+      std::copy_n(sum, n, to);
+    else
+      add(sum, to, n);
   });
 }
 

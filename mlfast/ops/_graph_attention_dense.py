@@ -76,14 +76,16 @@ def launch_backward(
     dtype, numbers = computing_dtype(value.dtype), (negative_slope, dropout)
     by_head, src, dst = (by_heads(t, dtype) for t in (value, score_src, score_dst))
     mask = None if mask is None else mask.contiguous()
-    grad_out, grad_value = by_heads(grad_out, dtype), src.new_zeros(heads, nodes, features)
-    grad_src, grad_dst = torch.zeros_like(src), torch.zeros_like(dst)
+    grad_out, grad_value = by_heads(grad_out, dtype), src.new_empty(heads, nodes, features)
+    grad_src, grad_dst = torch.empty_like(src), torch.empty_like(dst)
+    if value.numel() == 0:
+        grad_src.zero_(), grad_dst.zero_()
     for rows in row_blocks(nodes, heads) if value.numel() > 0 else ():
         weights, grad = (src.new_empty(heads, rows.stop - rows.start, nodes) for _ in range(2))
         WEIGHTS[backend](src, dst, (negative_slope, 0.0), None, rows.start, mask, weights)
         torch.bmm(grad_out[:, rows], by_head.transpose(1, 2), out=grad)
         BACKWARD[backend](src, dst, numbers, seed, rows.start, weights, grad, grad_src, grad_dst)
-        grad_value.baddbmm_(weights.transpose(1, 2), grad_out[:, rows])
+        grad_value.baddbmm_(weights.transpose(1, 2), grad_out[:, rows], beta=int(rows.start > 0))  # 0 reads nothing
     return by_nodes(grad_value, value), by_nodes(grad_src, score_src), by_nodes(grad_dst, score_dst)
 
 

@@ -59,8 +59,10 @@ def launch_backward(
     value, grad_out = value.contiguous().resolve_neg(), grad_out.contiguous().resolve_neg()
     scores = computing_score(score_src, value), computing_score(score_dst, value)
     grad_value = torch.empty_like(value)
-    grad_src, grad_dst = (torch.zeros_like(score) for score in scores)
-    if value.numel() > 0:
+    grad_src, grad_dst = (torch.empty_like(score) for score in scores)
+    if value.numel() == 0:
+        grad_src.zero_(), grad_dst.zero_()
+    else:
         grad_logits = statistics.new_empty(edges[1].numel(), value.shape[1])
         grads = grad_value, grad_logits, grad_src, grad_dst
         LAUNCH_BACKWARD[backend](value, *scores, edges, numbers, seed, statistics, grad_out, *grads)

@@ -1,7 +1,12 @@
 """The Triton kernels of graph_attention, compiled ahead of time: no type error or spill waits for a GPU."""
 
 import pytest
+import torch
 
+pytest.importorskip("triton", reason="triton is not installed")
+
+from mlfast.kernels import graph_attention as sparse
+from mlfast.kernels import graph_attention_dense as dense
 from tests.kernels.compilers import TARGETS, assert_no_spills
 
 NUMBERS = {"negative_slope": "fp64", "threshold": "i64", "scale": "fp64"}
@@ -13,13 +18,19 @@ def pointers(kind, *names):
     return dict.fromkeys(names, f"*{kind}")
 
 
+def tiled(value, nodes, forward):
+    """The tile of vectors of 1280 features that the launcher takes, and the option of the launch."""
+    dtype = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}[value]
+    chosen = sparse.tile(torch.empty(nodes, 1, 1280, dtype=dtype, device="meta"), forward)
+    return chosen, {"num_warps": chosen.pop("num_warps")}
+
+
 def jobs(value, computing, drops):
     """Every kernel for one type of values, as the launchers specialise it."""
     scores = pointers(computing, "score_src", "score_dst")
     rows = {"indptr": "*i64", "indices": "*i32"}
     transpose = {"indptr_t": "*i64", "indices_t": "*i32", "edges_t": "*i64"}
-    features = 128 if value == "fp64" else 256
-    tile, seed = {"DROPS": drops, "BLOCK_EDGES": 4, "BLOCK_FEATURES": features}, {"seed": "*i64"}
+    drop, seed = {"DROPS": drops}, {"seed": "*i64"}
     forward = scores | rows | seed | pointers(value, "value", "out") | pointers(computing, "statistics")
     backward = scores | transpose | seed | pointers(value, "value", "grad_out", "grad_value")
     backward |= pointers(computing, "statistics", "grad_weights")
@@ -28,22 +39,29 @@ def jobs(value, computing, drops):
     block = dict.fromkeys(("nodes", "rows", "first"), "i32") | NUMBERS
     weights = scores | seed | {"mask": "*u8"} | pointers(computing, "weights")
     grads = scores | seed | pointers(computing, "weights", "grad", "grad_score_dst")
-    columns = pointers(computing, "grad", "grad_score_src") | {"nodes": "i32", "rows": "i32"}
-    return [
-        (SPARSE, "graph_attention_kernel", forward | SIZES | NUMBERS, tile, {}),
-        (SPARSE, "grad_value_kernel", backward | SIZES | NUMBERS, tile | {"BLOCK_EDGES": 2}, {}),
-        (
-            SPARSE,
-            "grad_logits_kernel",
-            logits | {"heads": "i32", "negative_slope": "fp64"},
-            {"BLOCK_EDGES": 4},
-            {},
-        ),
-        (SPARSE, "grad_score_src_kernel", src | {"heads": "i32"}, {"BLOCK_EDGES": 4}, {}),
-        (DENSE, "dense_weights_kernel", weights | block, {"HAS_MASK": True, "DROPS": drops, "BLOCK": 512}, {}),
-        (DENSE, "dense_grad_kernel", grads | block, {"DROPS": drops, "BLOCK": 512}, {}),
-        (DENSE, "add_columns_kernel", columns, {"BLOCK": 128}, {}),
+    columns = pointers(computing, "grad", "grad_score_src") | dict.fromkeys(("nodes", "rows", "first"), "i32")
+    scores, one_number = {"BLOCK_EDGES": 32}, {"heads": "i32", "negative_slope": "fp64"}
+    found = [
+        (SPARSE, "grad_logits_kernel", logits | one_number, scores, {}),
+        (SPARSE, "grad_score_src_kernel", src | {"heads": "i32"}, scores, {}),
+        (DENSE, "add_columns_kernel", columns, {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 32}, {"num_warps": 4}),
     ]
+    for nodes in (80, 9605):
+        tile, warps = tiled(value, nodes, True)
+        tile |= drop | {"BLOCK_SCORES": 32}
+        found.append((SPARSE, "graph_attention_kernel", forward | SIZES | NUMBERS, tile, warps))
+        tile, warps = tiled(value, nodes, False)
+        found.append((SPARSE, "grad_value_kernel", backward | SIZES | NUMBERS, tile | drop, warps))
+        tile = dense.tile(nodes)
+        warps = {"num_warps": tile.pop("num_warps")}
+        found.append((DENSE, "dense_weights_kernel", weights | block, tile | drop | {"HAS_MASK": True}, warps))
+        found.append((DENSE, "dense_grad_kernel", grads | block, tile | drop, warps))
+    return found
+
+
+def of_vectors(found):
+    """Those that read or write values; the others know their computing type alone."""
+    return [job for job in found if job[1] in ("graph_attention_kernel", "grad_value_kernel")]
 
 
 def complete_attention_jobs(value):
@@ -85,7 +103,7 @@ def complete_attention_jobs(value):
 COMPLETE = "graph_attention_complete"
 COMPLETE_JOBS = [job for value in ("fp32", "bf16", "fp64") for job in complete_attention_jobs(value)]
 # Values of 16 bits reach two kernels of the sparse route; the dense one computes in float32 all the same.
-GRAPH_JOBS = [*jobs("fp32", "fp32", True), *jobs("bf16", "fp32", False)[:2]]
+GRAPH_JOBS = [*jobs("fp32", "fp32", True), *of_vectors(jobs("bf16", "fp32", False))]
 DOUBLE_JOBS = jobs("fp64", "fp64", True)
 EVERY_JOB = [*GRAPH_JOBS, *DOUBLE_JOBS, *COMPLETE_JOBS]
 

@@ -2,11 +2,12 @@
 
 The library's products lie as [groups, batch, slots]. Forward, x and the weights are measured, and the products are put
 in the place of their labels, divided by the lengths. Backward, the incoming gradient becomes factors in the layout of
-the products; of the library's products with these, multiples of x and of the weights are taken away.
+the products; of the library's products with these, multiples of x and of the weights are taken away. What belongs to x
+and what belongs to the weights share a launch: its first programs have the one, the others the other.
 
 docs/group_linear.md derives the formulas. No allocation, autograd or autotuning. All tensors of a launch but x, the
-weights, out and grad_out have one type, float32 or float64. Results are bit-equal from run to run: the order of every
-addition depends on the shape alone.
+weights, their gradients, out and grad_out have one type, float32 or float64. Results are bit-equal from run to run: the
+order of every addition depends on the shape alone.
 """
 
 import torch
@@ -14,39 +15,38 @@ import triton
 import triton.language as tl
 
 from mlfast.kernels.group_linear import Sizes, inverse_length, square_unless_clamped
-from mlfast.kernels.launch import cdiv, launch_kernel, next_power_of_2
+from mlfast.kernels.launch import cdiv, launch_kernel
 
-BLOCK_FEATURES = 1024  # of a row
-BLOCK_ROWS, BLOCK_SLOTS = 16, 16
-TILE_FEATURES = 64  # of a weight's tile with BLOCK_SLOTS
 NUM_WARPS = 4
-TILE = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_SLOTS": BLOCK_SLOTS, "num_warps": NUM_WARPS}
+TILE = {"BLOCK_ROWS": 16, "BLOCK_SLOTS": 16, "num_warps": NUM_WARPS}
+LENGTHS_TILE = {"BLOCK_ROWS": 8, "BLOCK_ROW": 128, "BLOCK_SLOTS": 16, "BLOCK_FEATURES": 64, "num_warps": NUM_WARPS}
+BLOCK = 1024  # elements of a vector, or of the weights of a group
 
 
 @triton.jit
-def inv_x_kernel(
-    x, inv_x, groups: tl.int32, features: tl.int32, batch_stride: tl.int64, group_stride: tl.int64, BLOCK: tl.constexpr
-):  # fmt: skip
-    """1 / length of a row of x: [batch, groups, features] with these strides to [batch, groups]; a program has one."""
+def _rows_measured(
+    x, inv_x, first, batch, groups, features, batch_stride, group_stride, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """1 / length of BLOCK_ROWS rows of x, from this one on."""
     T: tl.constexpr = inv_x.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    at = x + row // groups * batch_stride + row % groups * group_stride
-    square = tl.zeros((BLOCK,), T)
+    row = first.to(tl.int64) + tl.arange(0, BLOCK_ROWS)
+    inside = row < batch.to(tl.int64) * groups
+    at = x + (row // groups * batch_stride + row % groups * group_stride)[:, None]
+    square = tl.zeros((BLOCK_ROWS, BLOCK), T)
     for start in range(0, features, BLOCK):
         d = start + tl.arange(0, BLOCK)
-        value = tl.load(at + d, mask=d < features, other=0.0).to(T)
+        value = tl.load(at + d[None, :], mask=inside[:, None] & (d < features)[None, :], other=0.0).to(T)
         square += value * value
-    tl.store(inv_x + row, inverse_length(tl.sum(square, axis=0)))
+    tl.store(inv_x + row, inverse_length(tl.sum(square, axis=1)), mask=inside)
 
 
 @triton.jit
-def inv_weight_kernel(
-    weight, inv_weight, features: tl.int32, slots: tl.int32, BLOCK_SLOTS: tl.constexpr, BLOCK_FEATURES: tl.constexpr
-):  # fmt: skip
-    """1 / length of BLOCK_SLOTS slots of one group: weight [groups, features, slots] into [groups, slots]."""
+def _slots_measured(
+    weight, inv_weight, group, first, features, slots, BLOCK_SLOTS: tl.constexpr, BLOCK_FEATURES: tl.constexpr
+):
+    """1 / length of BLOCK_SLOTS slots of one group, from this one on."""
     T: tl.constexpr = inv_weight.dtype.element_ty
-    group = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
+    slot = first + tl.arange(0, BLOCK_SLOTS)
     square = tl.zeros((BLOCK_FEATURES, BLOCK_SLOTS), T)
     for start in range(0, features, BLOCK_FEATURES):
         d = start + tl.arange(0, BLOCK_FEATURES)
@@ -54,6 +54,34 @@ def inv_weight_kernel(
         value = tl.load(at, mask=(d < features)[:, None] & (slot < slots)[None, :], other=0.0).to(T)
         square += value * value
     tl.store(inv_weight + group * slots + slot, inverse_length(tl.sum(square, axis=0)), mask=slot < slots)
+
+
+@triton.jit
+def lengths_kernel(
+    x, weight, inv_x, inv_weight, batch: tl.int32, groups: tl.int32, features: tl.int32, slots: tl.int32,
+    batch_stride: tl.int64, group_stride: tl.int64,
+    BLOCK_ROWS: tl.constexpr, BLOCK_ROW: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
+):  # fmt: skip
+    """1 / length of every row of x and of every slot; the first programs have rows, the others slots.
+
+    Args:
+        x: Pointer to [batch, groups, features] with these strides, any float type.
+        weight: Pointer to [groups, features, slots], any float type.
+        inv_x, inv_weight: Pointers to the results, [batch, groups] and [groups, slots].
+        batch, groups, features, slots, batch_stride, group_stride: Sizes and strides.
+        BLOCK_ROWS, BLOCK_ROW: Rows of a program, and their elements that it reads at a time.
+        BLOCK_SLOTS, BLOCK_FEATURES: Slots of a program, and their elements that it reads at a time.
+    """
+    program = tl.program_id(0)
+    for_rows = ((batch.to(tl.int64) * groups + (BLOCK_ROWS - 1)) // BLOCK_ROWS).to(tl.int32)
+    if program < for_rows:
+        first = program.to(tl.int64) * BLOCK_ROWS
+        _rows_measured(x, inv_x, first, batch, groups, features, batch_stride, group_stride, BLOCK_ROWS, BLOCK_ROW)
+    else:
+        slot_blocks = tl.cdiv(slots, BLOCK_SLOTS)
+        group = ((program - for_rows) // slot_blocks).to(tl.int64)
+        first_slot = (program - for_rows) % slot_blocks * BLOCK_SLOTS
+        _slots_measured(weight, inv_weight, group, first_slot, features, slots, BLOCK_SLOTS, BLOCK_FEATURES)
 
 
 @triton.jit
@@ -93,26 +121,13 @@ def place_kernel(
 
 
 @triton.jit
-def factors_kernel(
-    grad_out, cosines, inv_x, inv_weight, factors, shrink_x,
-    batch: tl.int32, groups: tl.int32, slots: tl.int32, classes: tl.int32,
+def _factors_of_rows(
+    grad_out, cosines, inv_x, inv_weight, factors, shrink_x, group, first, batch, groups, slots, classes,
     COSINE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The derivative by the products, in their layout; a program has BLOCK_ROWS rows and all slots of one group.
-
-    Args:
-        grad_out: Pointer to [batch, classes], any float type.
-        cosines: Pointer to [batch, classes], any float type. Only if COSINE, as the next two and the last.
-        inv_x, inv_weight: Pointers to [batch, groups] and [groups, slots].
-        factors: Pointer to the result, [groups, batch, slots]: 0 where a slot has no class.
-        shrink_x: Pointer to [batch, groups]: receives the multiples of x that are to be taken away.
-        batch, groups, slots, classes: Sizes.
-        COSINE: Whether products are divided by lengths.
-        BLOCK_ROWS, BLOCK_SLOTS: The tile.
-    """
+    """The factors of BLOCK_ROWS rows and all slots of one group, and the multiples of these rows of x."""
     T: tl.constexpr = factors.dtype.element_ty
-    group = tl.program_id(0).to(tl.int64)
-    row = (tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+    row = (first + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     inverse = tl.zeros((BLOCK_ROWS,), T)
     if COSINE:
         inverse = tl.load(inv_x + row * groups + group, mask=row < batch, other=0.0)
@@ -133,14 +148,13 @@ def factors_kernel(
 
 
 @triton.jit
-def shrink_weight_kernel(
-    grad_out, cosines, inv_weight, shrink_weight, batch: tl.int32, slots: tl.int32, classes: tl.int32,
+def _multiples_of_slots(
+    grad_out, cosines, inv_weight, shrink_weight, group, first, batch, slots, classes,
     BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The multiples of the weights to be taken away, [groups, slots]; a program has BLOCK_SLOTS of one group."""
+    """The multiples of BLOCK_SLOTS slots of one group."""
     T: tl.constexpr = shrink_weight.dtype.element_ty
-    group = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1) * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
+    slot = first + tl.arange(0, BLOCK_SLOTS)
     label = group * slots + slot
     along = tl.zeros((BLOCK_ROWS, BLOCK_SLOTS), T)
     for start in range(0, batch, BLOCK_ROWS):
@@ -154,47 +168,95 @@ def shrink_weight_kernel(
 
 
 @triton.jit
-def take_x_kernel(
-    products, x, shrink_x, grad_x, groups: tl.int32, features: tl.int32,
+def factors_kernel(
+    grad_out, cosines, inv_x, inv_weight, factors, shrink_x, shrink_weight,
+    batch: tl.int32, groups: tl.int32, slots: tl.int32, classes: tl.int32,
+    COSINE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The derivative by the products, in their layout, and what is to be taken away of x and of the weights.
+
+    Programs are (group, block of rows), and for cosines beyond these (group, block of slots).
+
+    Args:
+        grad_out: Pointer to [batch, classes], any float type.
+        cosines: Pointer to [batch, classes], any float type. Only if COSINE, as what follows but the factors.
+        inv_x, inv_weight: Pointers to [batch, groups] and [groups, slots].
+        factors: Pointer to the result, [groups, batch, slots]: 0 where a slot has no class.
+        shrink_x, shrink_weight: Pointers to [batch, groups] and [groups, slots]: receive the multiples.
+        batch, groups, slots, classes: Sizes.
+        COSINE: Whether products are divided by lengths.
+        BLOCK_ROWS, BLOCK_SLOTS: The tile.
+    """
+    group = tl.program_id(0).to(tl.int64)
+    row_blocks = tl.cdiv(batch, BLOCK_ROWS)
+    if tl.program_id(1) < row_blocks:
+        first = tl.program_id(1) * BLOCK_ROWS
+        _factors_of_rows(
+            grad_out, cosines, inv_x, inv_weight, factors, shrink_x, group, first, batch, groups, slots, classes,
+            COSINE, BLOCK_ROWS, BLOCK_SLOTS,
+        )  # fmt: skip
+    else:
+        first = (tl.program_id(1) - row_blocks) * BLOCK_SLOTS
+        _multiples_of_slots(
+            grad_out, cosines, inv_weight, shrink_weight, group, first, batch, slots, classes, BLOCK_ROWS, BLOCK_SLOTS
+        )
+
+
+@triton.jit
+def _less(products, vectors, shrink, grad, mask):
+    """grad = products - shrink * vectors."""
+    product = tl.load(products, mask=mask)
+    result = product - shrink * tl.load(vectors, mask=mask).to(product.dtype)
+    tl.store(grad, result.to(grad.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def take_kernel(
+    products_x, x, shrink_x, grad_x, products_weight, weight, shrink_weight, grad_weight,
+    batch: tl.int32, groups: tl.int32, features: tl.int32, slots: tl.int32,
     products_batch_stride: tl.int64, products_group_stride: tl.int64,
     x_batch_stride: tl.int64, x_group_stride: tl.int64,
     grad_batch_stride: tl.int64, grad_group_stride: tl.int64, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """grad_x = products - shrink_x * x, each [batch, groups, features] with strides; a program has BLOCK of one row.
+    """The gradients of their products: less multiples of x, and of the weights.
 
-    grad_x may be the products.
+    The first programs have BLOCK features of one row of x, the others BLOCK elements of one group's weights. Where
+    grad_x or grad_weight is None, there are no programs for it.
+
+    Args:
+        products_x, x, grad_x: Pointers to [batch, groups, features] with strides of their own; grad_x may be the
+            products.
+        products_weight, weight, grad_weight: Pointers to [groups, features, slots]; grad_weight may be the products.
+        shrink_x, shrink_weight: From factors_kernel.
+        batch, groups, features, slots: Sizes.
+        products_batch_stride, products_group_stride, x_batch_stride, x_group_stride, grad_batch_stride,
+            grad_group_stride: Strides.
+        BLOCK: Elements of a program.
     """
-    T: tl.constexpr = products.dtype.element_ty
+    program = tl.program_id(0)
     blocks = tl.cdiv(features, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    image, group = row // groups, row % groups
-    d = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = d < features
-    product = tl.load(products + image * products_batch_stride + group * products_group_stride + d, mask=inside)
-    vector = tl.load(x + image * x_batch_stride + group * x_group_stride + d, mask=inside).to(T)
-    result = product - tl.load(shrink_x + row) * vector
-    to = grad_x + image * grad_batch_stride + group * grad_group_stride + d
-    tl.store(to, result.to(grad_x.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def take_weight_kernel(
-    products, weight, shrink_weight, grad_weight, features: tl.int32, slots: tl.int32, BLOCK: tl.constexpr
-):  # fmt: skip
-    """grad_weight = products - shrink_weight * weight, all [groups, features, slots]; a program has BLOCK of one group.
-
-    grad_weight may be the products.
-    """
-    T: tl.constexpr = products.dtype.element_ty
-    of_group = features * slots
-    blocks = tl.cdiv(of_group, BLOCK)
-    group = (tl.program_id(0) // blocks).to(tl.int64)
-    i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = i < of_group
-    at = group * of_group + i
-    shrink = tl.load(shrink_weight + group * slots + i % slots, mask=inside)
-    result = tl.load(products + at, mask=inside) - shrink * tl.load(weight + at, mask=inside).to(T)
-    tl.store(grad_weight + at, result.to(grad_weight.dtype.element_ty), mask=inside)
+    for_x = 0
+    if grad_x is not None:
+        for_x = batch * groups * blocks
+    lane = tl.arange(0, BLOCK)
+    if program < for_x:
+        if grad_x is not None:
+            row = (program // blocks).to(tl.int64)
+            image, group = row // groups, row % groups
+            d = program % blocks * BLOCK + lane
+            of_products = products_x + image * products_batch_stride + group * products_group_stride + d
+            of_x = x + image * x_batch_stride + group * x_group_stride + d
+            to = grad_x + image * grad_batch_stride + group * grad_group_stride + d
+            _less(of_products, of_x, tl.load(shrink_x + row), to, d < features)
+    else:
+        if grad_weight is not None:
+            of_group = features * slots
+            weight_blocks = tl.cdiv(of_group, BLOCK)
+            group = ((program - for_x) // weight_blocks).to(tl.int64)
+            i = (program - for_x) % weight_blocks * BLOCK + lane
+            at = group * of_group + i
+            shrink = tl.load(shrink_weight + group * slots + i % slots, mask=i < of_group)
+            _less(products_weight + at, weight + at, shrink, grad_weight + at, i < of_group)
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
@@ -213,13 +275,12 @@ def finish(
 ) -> None:
     """What follows the products x @ weight; empty ``cosines`` are not written."""
     batch, groups, features, slots, classes, cosine = sizes
-    slot_blocks = cdiv(slots, BLOCK_SLOTS)
+    slot_blocks = cdiv(slots, TILE["BLOCK_SLOTS"])
     if cosine:
-        numbers = groups, features, x.stride(0), x.stride(1)
-        launch_kernel(inv_x_kernel, (batch * groups,), (x, inv_x), numbers, BLOCK=row_block(features), num_warps=1)
-        tile = {"BLOCK_SLOTS": BLOCK_SLOTS, "BLOCK_FEATURES": TILE_FEATURES, "num_warps": NUM_WARPS}
-        launch_kernel(inv_weight_kernel, (groups, slot_blocks), (weight, inv_weight), (features, slots), **tile)
-    grid = groups, cdiv(batch, BLOCK_ROWS), slot_blocks
+        programs = cdiv(batch * groups, LENGTHS_TILE["BLOCK_ROWS"]) + groups * slot_blocks
+        numbers = batch, groups, features, slots, x.stride(0), x.stride(1)
+        launch_kernel(lengths_kernel, (programs,), (x, weight, inv_x, inv_weight), numbers, **LENGTHS_TILE)
+    grid = groups, cdiv(batch, TILE["BLOCK_ROWS"]), slot_blocks
     tensors = products, inv_x, inv_weight, bias, out, cosines if cosines.numel() > 0 else None
     launch_kernel(place_kernel, grid, tensors, (batch, groups, slots, classes), COSINE=cosine, **TILE)
 
@@ -236,36 +297,21 @@ def factors(
 ) -> None:
     """What precedes the products of the gradient; the last two are written for cosines alone."""
     batch, groups, _, slots, classes, cosine = sizes
-    tensors = grad_out, cosines, inv_x, inv_weight, factors, shrink_x
-    grid = groups, cdiv(batch, BLOCK_ROWS)
+    grid = groups, cdiv(batch, TILE["BLOCK_ROWS"]) + (cdiv(slots, TILE["BLOCK_SLOTS"]) if cosine else 0)
+    tensors = grad_out, cosines, inv_x, inv_weight, factors, shrink_x, shrink_weight
     launch_kernel(factors_kernel, grid, tensors, (batch, groups, slots, classes), COSINE=cosine, **TILE)
-    if cosine:
-        tensors = grad_out, cosines, inv_weight, shrink_weight
-        launch_kernel(
-            shrink_weight_kernel, (groups, cdiv(slots, BLOCK_SLOTS)), tensors, (batch, slots, classes), **TILE
-        )
 
 
-def take_x(products: torch.Tensor, x: torch.Tensor, shrink_x: torch.Tensor, grad_x: torch.Tensor) -> None:
-    """Launches take_x_kernel, which documents the tensors."""
-    batch, groups, features = x.shape
-    block = row_block(features)
-    strides = [stride for tensor in (products, x, grad_x) for stride in tensor.stride()[:2]]
-    programs = batch * groups * cdiv(features, block)
-    tensors, numbers = (products, x, shrink_x, grad_x), (groups, features, *strides)
-    launch_kernel(take_x_kernel, (programs,), tensors, numbers, BLOCK=block, num_warps=1)
-
-
-def take_weight(
-    products: torch.Tensor, weight: torch.Tensor, shrink_weight: torch.Tensor, grad_weight: torch.Tensor
+def take(
+    sizes: Sizes,
+    of_x: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    of_weight: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None],
 ) -> None:
-    """Launches take_weight_kernel, which documents the tensors."""
-    groups, features, slots = weight.shape
-    programs = groups * cdiv(features * slots, BLOCK_FEATURES)
-    tensors, numbers = (products, weight, shrink_weight, grad_weight), (features, slots)
-    launch_kernel(take_weight_kernel, (programs,), tensors, numbers, BLOCK=BLOCK_FEATURES, num_warps=NUM_WARPS)
-
-
-def row_block(features: int) -> int:
-    """Features that a program of one warp reads at a time."""
-    return min(next_power_of_2(features), BLOCK_FEATURES)
+    """Launches take_kernel; of each: products, vectors, multiples, gradient. Products and gradient may be None."""
+    batch, groups, features, slots, _, _ = sizes
+    products_x, x, _, grad_x = of_x
+    for_x = 0 if grad_x is None else batch * groups * cdiv(features, BLOCK)
+    for_weight = 0 if of_weight[3] is None else groups * cdiv(features * slots, BLOCK)
+    strides = [0 if t is None else t.stride(dim) for t in (products_x, x, grad_x) for dim in (0, 1)]
+    tensors, numbers = (*of_x, *of_weight), (batch, groups, features, slots, *strides)
+    launch_kernel(take_kernel, (for_x + for_weight,), tensors, numbers, BLOCK=BLOCK, num_warps=NUM_WARPS)

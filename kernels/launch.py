@@ -28,28 +28,27 @@ def next_power_of_2(n: int) -> int:
 def launch_kernel(
     kernel: Any, grid: tuple[int, ...], tensors: tuple[torch.Tensor | None, ...], numbers: Numbers, **constants: Any
 ) -> None:
-    """Does what ``kernel[grid](*tensors, *numbers, **constants)`` does, on the device of the first tensor.
+    """Does what ``kernel[grid](*tensors, *numbers, **constants)`` does, on the device of the tensors.
 
     Args:
         kernel: A `triton.jit` function whose arguments are tensors, then numbers, then constants.
         grid: One to three numbers of programs.
-        tensors: Tensors, the first of which is there, or None.
+        tensors: Tensors, or None.
         numbers: Integers below 2^31 or of an annotated type, floats, and constants that are bools.
         constants: The other constants by name, and options of the launch such as num_warps.
     """
-    first = tensors[0]
-    assert first is not None
+    one = next(tensor for tensor in tensors if tensor is not None)
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     key = (
         kernel.fn,
-        first.device,
+        one.device,
         *[None if tensor is None else tensor.dtype for tensor in tensors],
         *[None if address is None else address % 16 == 0 for address in addresses],
         *[(number == 1, number % 16 == 0) for number in numbers],  # True is not False here
         *constants.items(),
     )
     found = _compiled.get(key)
-    with torch.cuda.device_of(first):
+    with torch.cuda.device_of(one):
         if found is not None:
             compiled, last = found
             compiled[(*grid, 1, 1)](*addresses, *numbers, *last)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,26 +59,21 @@ def launch_backward(
     factors = x.new_empty((sizes.groups, sizes.batch, sizes.slots), dtype=dtype)
     shrink_x, shrink_weight = torch.empty_like(inv_x), torch.empty_like(inv_weight)
     kernels.factors(sizes, grad_out, *saved, factors, shrink_x, shrink_weight)
+    of_x = of_weight = None
     if grad_x is not None:
-        products = _as_computed(grad_x, dtype)
-        torch.bmm(factors, weight.to(dtype).transpose(1, 2), out=products.transpose(0, 1))
-        _take(kernels.take_x, products, x, shrink_x, grad_x, sizes.cosine)
+        of_x = _as_computed(grad_x, dtype)
+        torch.bmm(factors, weight.to(dtype).transpose(1, 2), out=of_x.transpose(0, 1))
     if grad_weight is not None:
-        products = _as_computed(grad_weight, dtype)
-        torch.bmm(x.to(dtype).permute(1, 2, 0), factors, out=products)
-        _take(kernels.take_weight, products, weight, shrink_weight, grad_weight, sizes.cosine)
+        of_weight = _as_computed(grad_weight, dtype)
+        torch.bmm(x.to(dtype).permute(1, 2, 0), factors, out=of_weight)
+    if sizes.cosine:
+        kernels.take(sizes, (of_x, x, shrink_x, grad_x), (of_weight, weight, shrink_weight, grad_weight))
+        return
+    for grad, products in ((grad_x, of_x), (grad_weight, of_weight)):
+        if grad is not None and products is not None and grad is not products:
+            grad.copy_(products)
 
 
 def _as_computed(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """Where the products of a gradient go: there at once, if it has the computing type."""
     return grad if grad.dtype == dtype else grad.new_empty(grad.shape, dtype=dtype)
-
-
-def _take(
-    kernel: Callable[..., None], products: Tensor, vectors: Tensor, shrink: Tensor, grad: Tensor, cosine: bool
-) -> None:
-    """The gradient from its products: of cosines, less multiples of the vectors."""
-    if cosine:
-        kernel(products, vectors, shrink, grad)
-    elif grad is not products:
-        grad.copy_(products)

@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from mlfast.kernels import group_linear_products as products
 from mlfast.kernels import reweight_pool as pool
 from mlfast.kernels.group_linear import tile
 from tests.kernels.compilers import H100, TARGETS, assert_no_spills
@@ -53,30 +54,34 @@ GROUP_LINEAR = [
 
 def products_jobs(real, x):
     """The kernels around the library's products."""
-    others = ["products", "bias", "cosines", "inv_x", "inv_weight", "factors", "shrink_x", "shrink_weight"]
+    others = ["products", "products_x", "products_weight", "bias", "cosines", "inv_x", "inv_weight"]
+    others += ["factors", "shrink_x", "shrink_weight"]
     kinds = dict.fromkeys(others, "*" + real) | dict.fromkeys(("x", "grad_x", "weight", "grad_weight"), "*" + x)
     kinds |= dict.fromkeys(("out", "grad_out"), "*" + x)
     strides = [f"{of}_{by}_stride" for of in ("products", "x", "grad") for by in ("batch", "group")]
-    row, tile, flat = {"BLOCK": 1024}, {"BLOCK_ROWS": 16, "BLOCK_SLOTS": 16}, {"BLOCK": 1024}
+    lengths, tile, flat = (dict(of) for of in (products.LENGTHS_TILE, products.TILE, {"BLOCK": products.BLOCK}))
+    for constants in (lengths, tile):
+        del constants["num_warps"]  # the module's
     kernels = {
-        "inv_x_kernel": ("x inv_x", "groups features", strides[2:4], row),
-        "inv_weight_kernel": ("weight inv_weight", "features slots", [], {"BLOCK_SLOTS": 16, "BLOCK_FEATURES": 64}),
+        "lengths_kernel": (
+            "x weight inv_x inv_weight", "batch groups features slots", ["batch_stride", "group_stride"], lengths,
+        ),
         "place_kernel": (
             "products inv_x inv_weight bias out cosines", "batch groups slots classes", [], tile | {"COSINE": True},
         ),
         "factors_kernel": (
-            "grad_out cosines inv_x inv_weight factors shrink_x", "batch groups slots classes", [],
+            "grad_out cosines inv_x inv_weight factors shrink_x shrink_weight", "batch groups slots classes", [],
             tile | {"COSINE": True},
         ),
-        "shrink_weight_kernel": ("grad_out cosines inv_weight shrink_weight", "batch slots classes", [], tile),
-        "take_x_kernel": ("products x shrink_x grad_x", "groups features", strides, row),
-        "take_weight_kernel": ("products weight shrink_weight grad_weight", "features slots", [], flat),
+        "take_kernel": (
+            "products_x x shrink_x grad_x products_weight weight shrink_weight grad_weight",
+            "batch groups features slots", strides, flat,
+        ),
     }  # fmt: skip
     for kernel, (tensors, sizes, of_strides, constants) in kernels.items():
-        named = [stride.removeprefix("x_") for stride in of_strides] if kernel == "inv_x_kernel" else of_strides
         signature = {name: kinds[name] for name in tensors.split()}
-        signature |= dict.fromkeys(sizes.split(), "i32") | dict.fromkeys(named, "i64")
-        yield "group_linear_products", kernel, signature, constants, {"num_warps": 1} if constants is row else {}
+        signature |= dict.fromkeys(sizes.split(), "i32") | dict.fromkeys(of_strides, "i64")
+        yield "group_linear_products", kernel, signature, constants, {}
 
 
 PRODUCTS = [*products_jobs("fp32", "fp32"), *products_jobs("fp32", "bf16"), *products_jobs("fp64", "fp64")]

@@ -16,7 +16,7 @@ from mlfast.kernels.launch import cdiv, launch_kernel, next_power_of_2
 
 NUM_WARPS = 1  # where a program has no vectors
 BLOCK_SCORES = 32  # edges whose scores are looked at together: a warp's
-FEW_PROGRAMS = 2048  # fewer than this leave an H200 idle, unless each has several warps
+FEW_PROGRAMS = 1024  # fewer than this leave an H200 idle, unless each has several warps
 
 
 @triton.jit
@@ -247,7 +247,8 @@ def tile(value: torch.Tensor, forward: bool) -> dict[str, int]:
     One warp, where that makes enough programs: then no sum crosses warps.
     """
     nodes, heads, features = value.shape
-    num_warps = 1 if nodes * heads >= FEW_PROGRAMS else 4
+    several = min(max(next_power_of_2(features) // 128, 1), 8)
+    num_warps = 1 if nodes * heads >= FEW_PROGRAMS else several
     most = 32 * num_warps * (4 if value.dtype == torch.float64 else 8)  # features of one edge
     block = min(next_power_of_2(features), most)
     edges = (4 if forward else 2) * most // block  # with more ptxas spills

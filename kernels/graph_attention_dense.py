@@ -12,7 +12,7 @@ from mlfast.kernels.graph_attention import dropping, keep_factor, logit_below_la
 from mlfast.kernels.launch import cdiv, launch_kernel, next_power_of_2
 
 MOST_COLUMNS = 512  # of a tile: with 1024 and dropout the gradient spills
-ADDED = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 32, "num_warps": 4}
+ADDED = {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 8, "num_warps": 4}
 
 
 @triton.jit

@@ -13,7 +13,6 @@ import triton.language as tl
 
 from mlfast.kernels.launch import cdiv, launch_kernel, next_power_of_2
 
-TILE = 1024  # elements of a program's tile in NCHW: 4 channels of 14 x 14
 # In channels_last a tile is 64 channels wide: 128 bytes or more of neighbours in memory.
 CHANNELS_IN_CHANNELS_LAST, POSITIONS_IN_CHANNELS_LAST = 64, 32
 BLOCK_BATCH, BLOCK_CHANNELS = 32, 32  # of the sums over the batch
@@ -174,9 +173,9 @@ def tile(positions: int, channels_last: bool, forward: bool) -> dict[str, int]:
     if channels_last:
         channels = CHANNELS_IN_CHANNELS_LAST if forward else CHANNELS_IN_CHANNELS_LAST // 2
         wide, num_warps = POSITIONS_IN_CHANNELS_LAST, 8 if forward else 4
-    else:
-        elements, num_warps = (TILE, 2) if forward else (TILE // 2, 1)
-        wide = max(min(next_power_of_2(positions), elements), 32)
+    else:  # one warp, whose sums stay within it; large maps make programs enough without more channels of each
+        elements = 512 if not forward else 256 if positions <= 256 else 128
+        wide, num_warps = max(min(next_power_of_2(positions), 128), 32), 1
         channels = elements // wide
     return {"BLOCK_CHANNELS": channels, "BLOCK_POSITIONS": wide, "num_warps": num_warps}
 

@@ -44,7 +44,7 @@ def jobs(value, computing, drops):
     found = [
         (SPARSE, "grad_logits_kernel", logits | one_number, scores, {}),
         (SPARSE, "grad_score_src_kernel", src | {"heads": "i32"}, scores, {}),
-        (DENSE, "add_columns_kernel", columns, {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 32}, {"num_warps": 4}),
+        (DENSE, "add_columns_kernel", columns, {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 8}, {"num_warps": 4}),
     ]
     for nodes in (80, 9605):
         tile, warps = tiled(value, nodes, True)

@@ -87,14 +87,18 @@ def products_jobs(real, x):
 PRODUCTS = [*products_jobs("fp32", "fp32"), *products_jobs("fp32", "bf16"), *products_jobs("fp64", "fp64")]
 
 
-def reweight_pool_jobs(features, channels_last=False, needs_grad=True):
-    """The kernels of reweight_pool with the tiles that the launcher takes for 14 x 14 and wider maps."""
+def reweight_pool_jobs(features, channels_last=False, needs_grad=True, positions=196):
+    """The kernels of reweight_pool with the tiles that the launcher takes for maps of this size."""
     computing = "fp64" if features == "fp64" else "fp32"
     kinds = dict.fromkeys(("features", "out", "grad_out", "grad_features"), "*" + features)
     kinds |= dict.fromkeys(("weight", "weight_slope", "grad_weight"), "*" + computing) | {"argmax": "*i32"}
-    forward, backward = (pool.tile(196, channels_last, forward) for forward in (True, False))
+    forward, backward = (pool.tile(positions, channels_last, forward) for forward in (True, False))
     options = [{"num_warps": tile.pop("num_warps")} for tile in (forward, backward)]
-    forward |= {"CHANNELS_LAST": channels_last, "NEEDS_GRAD": needs_grad, "WHOLE": not channels_last}
+    forward |= {
+        "CHANNELS_LAST": channels_last,
+        "NEEDS_GRAD": needs_grad,
+        "WHOLE": positions <= forward["BLOCK_POSITIONS"],
+    }
     backward |= {"CHANNELS_LAST": channels_last}
     sums = {"BLOCK_BATCH": pool.BLOCK_BATCH, "BLOCK_CHANNELS": pool.BLOCK_CHANNELS}
     kernels = {
@@ -110,6 +114,8 @@ def reweight_pool_jobs(features, channels_last=False, needs_grad=True):
 
 REWEIGHT_POOL = [
     *reweight_pool_jobs("fp32"),
+    *reweight_pool_jobs("fp32", positions=49),
+    *reweight_pool_jobs("fp64", positions=324),
     *reweight_pool_jobs("bf16", channels_last=True),
     *reweight_pool_jobs("fp64"),
     *reweight_pool_jobs("fp64", channels_last=True),

@@ -39,20 +39,24 @@ def launch(
     negative_slope: float,
     dropout: float,
     seed: Tensor | None,
-) -> Tensor:
-    """The result. Products with ``out=`` stay in the computing type under autocast."""
+) -> tuple[Tensor, Tensor | None]:
+    """The result, and the attention weights where they are one block and backward can use them.
+
+    Products with ``out=`` stay in the computing type under autocast.
+    """
     if edges := few_edges(backend, mask):
-        return sparse.launch(backend, value, score_src, score_dst, edges, (negative_slope, dropout), seed)[0]
+        return sparse.launch(backend, value, score_src, score_dst, edges, (negative_slope, dropout), seed)[0], None
     nodes, heads, features = value.shape
     dtype = computing_dtype(value.dtype)
     by_head, src, dst = (by_heads(t, dtype) for t in (value, score_src, score_dst))
     mask = None if mask is None else mask.contiguous()
-    out = src.new_empty(heads, nodes, features)
+    out, weights, rows = src.new_empty(heads, nodes, features), None, slice(0)
     for rows in row_blocks(nodes, heads) if value.numel() > 0 else ():
         weights = src.new_empty(heads, rows.stop - rows.start, nodes)
         WEIGHTS[backend](src, dst, (negative_slope, dropout), seed, rows.start, mask, weights)
         torch.bmm(weights, by_head, out=out[:, rows])
-    return by_nodes(out, value)
+    kept = weights if rows.start == 0 and seed is None else None  # dropout is in them
+    return by_nodes(out, value), kept
 
 
 @torch.no_grad()  # products with out= refuse where a graph is built, as for create_graph=True
@@ -66,8 +70,9 @@ def launch_backward(
     negative_slope: float,
     dropout: float,
     seed: Tensor | None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by value and scores."""
+    """The gradients by value and scores. ``kept``: what :func:`launch` gave; other weights are computed anew."""
     if edges := few_edges(backend, mask):
         scores, options = (value, score_src, score_dst), (edges, (negative_slope, dropout), seed)
         statistics = sparse.launch(backend, *scores, *options, only_statistics=True)[1]
@@ -81,8 +86,10 @@ def launch_backward(
     if value.numel() == 0:
         grad_src.zero_(), grad_dst.zero_()
     for rows in row_blocks(nodes, heads) if value.numel() > 0 else ():
-        weights, grad = (src.new_empty(heads, rows.stop - rows.start, nodes) for _ in range(2))
-        WEIGHTS[backend](src, dst, (negative_slope, 0.0), None, rows.start, mask, weights)
+        grad = src.new_empty(heads, rows.stop - rows.start, nodes)
+        weights = torch.empty_like(grad) if kept is None else kept
+        if kept is None:
+            WEIGHTS[backend](src, dst, (negative_slope, 0.0), None, rows.start, mask, weights)
         torch.bmm(grad_out[:, rows], by_head.transpose(1, 2), out=grad)
         BACKWARD[backend](src, dst, numbers, seed, rows.start, weights, grad, grad_src, grad_dst)
         grad_value.baddbmm_(weights.transpose(1, 2), grad_out[:, rows], beta=int(rows.start > 0))  # 0 reads nothing
@@ -166,7 +173,7 @@ BACKWARD = {"cpu": _backward_cpu, "triton": _backward_triton}
 
 
 class DenseAttentionFunction(torch.autograd.Function):
-    """Keeps its inputs alone; backward computes the attention weights anew, block by block."""
+    """Keeps its inputs, and weights of one block; backward computes those of more blocks anew, one after the other."""
 
     @staticmethod
     def forward(
@@ -181,16 +188,17 @@ class DenseAttentionFunction(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         """Value [K, H, F] and scores [K, H] to [K, H, F]."""
-        ctx.save_for_backward(value, score_src, score_dst, mask, seed)
+        out, kept = launch(backend, value, score_src, score_dst, mask, negative_slope, dropout, seed)
+        ctx.save_for_backward(value, score_src, score_dst, mask, seed, kept)
         ctx.call = backend, negative_slope, dropout
-        return launch(backend, value, score_src, score_dst, mask, negative_slope, dropout, seed)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by value and scores."""
-        value, score_src, score_dst, mask, seed = ctx.saved_tensors
+        value, score_src, score_dst, mask, seed, kept = ctx.saved_tensors
         backend, slope, dropout = ctx.call
-        grads = launch_backward(backend, grad_out, value, score_src, score_dst, mask, slope, dropout, seed)
+        grads = launch_backward(backend, grad_out, value, score_src, score_dst, mask, slope, dropout, seed, kept)
         needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
         return *without_second_derivative(*needed), *[None] * 5
 
@@ -209,7 +217,7 @@ torch.library.define(
 
 @torch.library.impl("mlfast::graph_attention_dense", ["CPU", "CUDA"])
 def _run(value: Tensor, *rest: Any) -> Tensor:
-    return launch(choose(value.device, sparse.SERVED), value, *rest)
+    return launch(choose(value.device, sparse.SERVED), value, *rest)[0]
 
 
 @torch.library.register_fake("mlfast::graph_attention_dense")
@@ -261,4 +269,4 @@ def dense_attention(
         return torch.ops.mlfast.graph_attention_dense(*arguments)
     if is_recorded(value, score_src, score_dst):
         return DenseAttentionFunction.apply(*arguments, backend)
-    return launch(backend, *arguments)
+    return launch(backend, *arguments)[0]

@@ -59,6 +59,24 @@ def _pool_tile(
     return tl.sum(total, axis=1), tl.where(some_nan, float("nan"), highest), first
 
 
+@triton.jit
+def _pool_tile_without_grad(
+    row, weight, inside_channels, positions, stride,
+    T: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """Sum of the features and maximum of the products, where no one asks for its position: a NaN is in the sum."""
+    total = tl.zeros((BLOCK_CHANNELS, BLOCK_POSITIONS), T)
+    peak = tl.full((BLOCK_CHANNELS, BLOCK_POSITIONS), float("-inf"), T)
+    for start in range(0, positions, BLOCK_POSITIONS):
+        position = start + tl.arange(0, BLOCK_POSITIONS)
+        inside = inside_channels[:, None] & (position < positions)[None, :]
+        f = tl.load(row[:, None] + position.to(tl.int64)[None, :] * stride, mask=inside, other=0.0).to(T)
+        total += f
+        above = tl.maximum(peak, weight[:, None] * f, propagate_nan=tl.PropagateNan.ALL)
+        peak = tl.where(inside, above, peak)
+    return tl.sum(tl.where(peak != peak, peak, total), axis=1), tl.max(peak, axis=1)
+
+
 @triton.jit(do_not_specialize=["channels", "positions"])
 def reweight_pool_kernel(
     features, weight, out, argmax, weight_slope, channels: tl.int32, positions: tl.int32,
@@ -92,7 +110,11 @@ def reweight_pool_kernel(
         row, stride = features + image * positions * channels + channel, channels.to(tl.int64)
     else:
         row, stride = features + to * positions, tl.full((), 1, tl.int64)
-    total, peak, first = _pool_tile(row, w, inside, positions, stride, T, WHOLE, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    first = tl.zeros((BLOCK_CHANNELS,), tl.int32)
+    if NEEDS_GRAD:
+        total, peak, first = _pool_tile(row, w, inside, positions, stride, T, WHOLE, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    else:
+        total, peak = _pool_tile_without_grad(row, w, inside, positions, stride, T, BLOCK_CHANNELS, BLOCK_POSITIONS)
     mean = total / positions.to(T)
     tl.store(out + to, (w * mean + peak).to(out.dtype.element_ty), mask=inside)
     if NEEDS_GRAD:

@@ -128,8 +128,23 @@ def test_nan_and_infinity_as_in_pytorch(backend, device, layout, dtype, values):
     with mlfast.use_backend("reference"):
         expected = pooled_and_grads(features, weight)
     torch.testing.assert_close(got[:2], expected[:2], equal_nan=True, rtol=1e-2, atol=0)
+    assert_same_without_grad(features.contiguous(memory_format=layout), weight, got[0])
     # PyTorch adds infinities in another order: it may say inf where the sum of both is NaN, and the reverse.
     assert torch.equal(got[2].isfinite(), expected[2].isfinite())
+
+
+def assert_same_without_grad(features, weight, expected):
+    """Inference does not look for the place of the maximum, and gives the same."""
+    with torch.no_grad():
+        got = reweight_pool(features, weight)
+    torch.testing.assert_close(got, expected.view_as(got).to(got), equal_nan=True, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 9, 7, 7), (2, 33, 14, 14), (1, 3, 18, 19), (1, 5, 1, 1025)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_without_grad(backend, device, layout, dtype, shape):
+    features, weight = example(shape, dtype, device=device, layout=layout)
+    assert_same_without_grad(features, weight, reweight_pool(features.requires_grad_(), weight).detach())
 
 
 def test_gradcheck(layout):

@@ -1,4 +1,4 @@
-# make demo    train on the built-in pictures (about 3 minutes on two cores), then time the loss
+# make demo    train on the built-in pictures, then time the loss (the first time, with installing, five minutes or so)
 # make test    the whole test suite
 # make bench   every benchmark (at most 30 minutes on two cores); writes bench/results/, its report, and the README's tables
 # make fuzz    ten thousand damaged image files through the reader (minutes)

@@ -54,8 +54,7 @@ def launch_kernel(
             compiled[(*grid, 1, 1)](*addresses, *numbers, *last)
             return
         compiled = kernel[grid](*tensors, *numbers, **constants)
-    if (
-        compiled is not None and torch.version.hip is None
-    ):  # not the interpreter; ROCm compiles for sizes of tensors too
+    # The interpreter compiles nothing, and on ROCm Triton compiles for the sizes of tensors too.
+    if compiled is not None and torch.version.hip is None:
         names = kernel.arg_names[len(tensors) + len(numbers) :]
         _compiled[key] = compiled, tuple(constants[name] for name in names)

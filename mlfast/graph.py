@@ -151,7 +151,13 @@ class Graph:
         return self.indices.device
 
     def to(self, device: torch.device | str) -> Graph:
-        """This graph on a device; itself if it is there already."""
+        """This graph on a device; itself if it is there already. It has no dtype: it serves values of any.
+
+        Raises:
+            TypeError: ``device`` is none.
+        """
+        if not isinstance(device, (torch.device, str)):
+            raise TypeError(f"Graph.to takes a device, as 'cuda' or torch.device('cuda', 0), got {device!r}")
         if self.device == torch.device(device):
             return self
         moved = object.__new__(Graph)

@@ -53,6 +53,8 @@ def test_repr_and_to():
     graph = Graph.from_dense(MATRIX)
     assert repr(graph) == "Graph(3 nodes, 4 edges, density 0.444, cpu)"
     assert graph.to("cpu") is graph
+    with pytest.raises(TypeError, match=r"Graph\.to takes a device.*got torch\.float16"):
+        graph.to(torch.float16)
     moved = graph.to("meta")
     assert moved.device.type == moved.edges_t.device.type == "meta" and moved.num_nodes == 3
 

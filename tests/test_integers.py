@@ -30,6 +30,12 @@ def test_layers_take_integers_for_sizes(layer):
     assert [tensor.shape for tensor in layer(np.int64(16), np.int32(4)).parameters()] == expected
 
 
+def test_ml_decoder_takes_integers_for_all_sizes():
+    for name, value in (("embed_dim", 768.0), ("num_heads", 8.0), ("num_groups", 4.0)):
+        with pytest.raises(TypeError, match=rf"^MLDecoder: {name} must be an integer, got float {value}; convert it"):
+            mlfast.MLDecoder(16, 4, **{name: value})
+
+
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3), np.array(3)], ids=repr)
 def test_integers(value):
     assert integer("f", "x", value) == 3

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlfast.integers import sizes
+from mlfast.integers import integer, sizes
 from mlfast.nn.attention import attend, attention_weights, input_projection, output_projection
 from mlfast.nn.cosine_linear import CosineLinear
 from mlfast.nn.group_linear import MOST_GROUPS, GroupLinear
@@ -252,12 +252,13 @@ def _attention_of_classes(layer: CrossAttentionLayer, query: Tensor, memory: Ten
 
 def _check_sizes(in_features: int, num_classes: int, num_groups: int | None, embed_dim: int, num_heads: int) -> None:
     sizes("MLDecoder", in_features=in_features, num_classes=num_classes)
-    if num_groups is not None and not 1 <= num_groups <= num_classes:
+    sizes("MLDecoder", embed_dim=embed_dim, num_heads=num_heads)
+    if num_groups is not None and not 1 <= integer("MLDecoder", "num_groups", num_groups) <= num_classes:
         raise ValueError(
             f"num_groups must be from 1 to the number of classes, {num_classes}, got {num_groups}; "
             f"leave it out for {min(MOST_GROUPS, num_classes)}"
         )
-    if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+    if embed_dim % num_heads:
         raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim=} and {num_heads=}")
 
 

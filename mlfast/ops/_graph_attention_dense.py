@@ -73,7 +73,7 @@ def launch_backward(
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by value and scores. ``kept``: what :func:`launch` gave; other weights are computed anew."""
-    if edges := few_edges(backend, mask):
+    if kept is None and (edges := few_edges(backend, mask)):
         scores, options = (value, score_src, score_dst), (edges, (negative_slope, dropout), seed)
         statistics = sparse.launch(backend, *scores, *options, only_statistics=True)[1]
         return sparse.launch_backward(backend, grad_out, *scores, statistics, *options)

@@ -18,10 +18,10 @@ def pointers(kind, *names):
     return dict.fromkeys(names, f"*{kind}")
 
 
-def tiled(value, nodes, forward):
-    """The tile of vectors of 1280 features that the launcher takes, and the option of the launch."""
+def tiled(value, nodes, features, forward):
+    """The tile that the launcher takes, and the option of the launch."""
     dtype = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}[value]
-    chosen = sparse.tile(torch.empty(nodes, 1, 1280, dtype=dtype, device="meta"), forward)
+    chosen = sparse.tile(torch.empty(nodes, 1, features, dtype=dtype, device="meta"), forward)
     return chosen, {"num_warps": chosen.pop("num_warps")}
 
 
@@ -46,12 +46,13 @@ def jobs(value, computing, drops):
         (SPARSE, "grad_score_src_kernel", src | {"heads": "i32"}, scores, {}),
         (DENSE, "add_columns_kernel", columns, {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 8}, {"num_warps": 4}),
     ]
-    for nodes in (80, 9605):
-        tile, warps = tiled(value, nodes, True)
+    for nodes, features in ((80, 1280), (9605, 1280), (601, 256), (9605, 64), (9605, 8)):
+        tile, warps = tiled(value, nodes, features, True)
         tile |= drop | {"BLOCK_SCORES": 32}
         found.append((SPARSE, "graph_attention_kernel", forward | SIZES | NUMBERS, tile, warps))
-        tile, warps = tiled(value, nodes, False)
+        tile, warps = tiled(value, nodes, features, False)
         found.append((SPARSE, "grad_value_kernel", backward | SIZES | NUMBERS, tile | drop, warps))
+    for nodes in (80, 9605):
         tile = dense.tile(nodes)
         warps = {"num_warps": tile.pop("num_warps")}
         found.append((DENSE, "dense_weights_kernel", weights | block, tile | drop | {"HAS_MASK": True}, warps))

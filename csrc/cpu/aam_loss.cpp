@@ -5,7 +5,7 @@ namespace mlfast::cpu {
 namespace {
 
 template <bool Shifted, bool Margin, int F>
-struct Hard {
+struct HardFormula {
   template <typename T>
   MLFAST_HD static T logit(T cos, T y, const AamParams<T>& a) {
     return Shifted ? aam_logit(cos, a) : aam_hard_logit<Margin>(cos, y > T(0), a);
@@ -17,7 +17,7 @@ struct Hard {
 };
 
 template <bool Shifted>
-struct Soft {
+struct SoftFormula {
   template <typename T>
   MLFAST_HD static T logit(T cos, T, const AamParams<T>& a) {
     return aam_logit(cos, a);
@@ -28,17 +28,35 @@ struct Soft {
   }
 };
 
+template <int F>
+struct ShiftedNegative {
+  template <typename T>
+  MLFAST_HD static T exponential(T cos, T, const AamParams<T>& a) {
+    return math::exp_minus(aam_logit(cos, a));
+  }
+  template <typename T>
+  MLFAST_HD static LossGrad<T> at(T, T, const AamParams<T>& a, T exponential) {
+    return aam_shifted_negative<F>(exponential, a);
+  }
+};
+
 template <typename T>
 using Formula = TileFormula<T, AamParams<T>>;
 
+template <bool Shifted, bool Margin, int F, typename T>
+void set_hard(Formula<T>& f) {
+  using Hard = OfSigmoid<HardFormula<Shifted, Margin, F>>;
+  f.template set_hard<Hard, std::conditional_t<Shifted && !Margin, ShiftedNegative<F>, Hard>>();
+}
+
 template <bool Shifted, bool Margin, typename T>
 void choose_tiles(Formula<T>& f, Focus focus) {
-  f.template set_soft<Soft<Shifted>>();
+  f.template set_soft<OfSigmoid<SoftFormula<Shifted>>>();
   switch (focus) {
-    case kFocusNone: f.template set_hard<Hard<Shifted, Margin, kFocusNone>>(); break;
-    case kFocusPower1: f.template set_hard<Hard<Shifted, Margin, kFocusPower1>>(); break;
-    case kFocusPower7: f.template set_hard<Hard<Shifted, Margin, kFocusPower7>>(); break;
-    case kFocusReal: f.template set_hard<Hard<Shifted, Margin, kFocusReal>>();
+    case kFocusNone: set_hard<Shifted, Margin, kFocusNone>(f); break;
+    case kFocusPower1: set_hard<Shifted, Margin, kFocusPower1>(f); break;
+    case kFocusPower7: set_hard<Shifted, Margin, kFocusPower7>(f); break;
+    case kFocusReal: set_hard<Shifted, Margin, kFocusReal>(f);
   }
 }
 

@@ -5,7 +5,7 @@ namespace mlfast::cpu {
 namespace {
 
 template <bool Clipped, bool Detached, int F>
-struct Hard {
+struct HardFormula {
   template <typename T>
   MLFAST_HD static T logit(T logit, T y, const AslParams<T>&) {
     return y > T(0) ? logit : -logit;
@@ -17,7 +17,7 @@ struct Hard {
 };
 
 template <bool Clipped, bool Detached>
-struct Soft {
+struct SoftFormula {
   template <typename T>
   MLFAST_HD static T logit(T logit, T, const AslParams<T>&) {
     return logit;
@@ -28,17 +28,35 @@ struct Soft {
   }
 };
 
+template <bool Detached, int F>
+struct ClippedNegative {
+  template <typename T>
+  MLFAST_HD static T exponential(T logit, T, const AslParams<T>&) {
+    return math::exp_minus(logit);
+  }
+  template <typename T>
+  MLFAST_HD static LossGrad<T> at(T, T, const AslParams<T>& a, T exponential) {
+    return asl_clipped_negative<Detached, F>(exponential, a);
+  }
+};
+
 template <typename T>
 using Formula = TileFormula<T, AslParams<T>>;
 
+template <bool Clipped, bool Detached, int F, typename T>
+void set_hard(Formula<T>& f) {
+  using Hard = OfSigmoid<HardFormula<Clipped, Detached, F>>;
+  f.template set_hard<Hard, std::conditional_t<Clipped, ClippedNegative<Detached, F>, Hard>>();
+}
+
 template <bool Clipped, bool Detached, typename T>
 void choose_tiles(Formula<T>& f, Focus focus) {
-  f.template set_soft<Soft<Clipped, Detached>>();
+  f.template set_soft<OfSigmoid<SoftFormula<Clipped, Detached>>>();
   switch (focus) {
-    case kFocusNone: f.template set_hard<Hard<Clipped, false, kFocusNone>>(); break;
+    case kFocusNone: set_hard<Clipped, false, kFocusNone>(f); break;
     case kFocusPower1:
-    case kFocusPower7: f.template set_hard<Hard<Clipped, Detached, kFocusPower7>>(); break;
-    case kFocusReal: f.template set_hard<Hard<Clipped, Detached, kFocusReal>>();
+    case kFocusPower7: set_hard<Clipped, Detached, kFocusPower7>(f); break;
+    case kFocusReal: set_hard<Clipped, Detached, kFocusReal>(f);
   }
 }
 

@@ -79,9 +79,8 @@ MLFAST_SIMD double sum(const T* __restrict x, int64_t n) {
   return total;
 }
 
-// Element::at(score, y, params, sigmoid) gives the loss and gradient of one element, and Element::logit(score, y,
-// params) the logit of that sigmoid. Unknown labels have no loss and no gradient. A NaN target is not unknown: it must
-// show.
+// Element::at(score, y, params, e) gives the loss and gradient of one element, and Element::exponential(score, y,
+// params) that e. Unknown labels have no loss and no gradient. A NaN target is not unknown: it must show.
 //
 // Two short loops, because a processor looks a few hundred instructions ahead, and from exponential to logarithm to
 // product the chain is longer than that hides: as one loop this takes a third more time.
@@ -93,15 +92,28 @@ MLFAST_SIMD void loss_tile(const T* __restrict scores, const T* __restrict y, T*
   const Params a = params;  // a local copy can stay in registers
   alignas(64) T exponential[kTile];
   const auto label = [y](int64_t i) { return L == Labels::kNegative ? T(0) : y[i]; };
-  for (int64_t i = 0; i < n; ++i) exponential[i] = math::sigmoid_exponential(Element::logit(scores[i], label(i), a));
+  for (int64_t i = 0; i < n; ++i) exponential[i] = Element::exponential(scores[i], label(i), a);
   for (int64_t i = 0; i < n; ++i) {
-    const math::Sigmoid<T> sigmoid = math::sigmoid(Element::logit(scores[i], label(i), a), exponential[i]);
-    const LossGrad<T> r = Element::at(scores[i], label(i), a, sigmoid);
+    const LossGrad<T> r = Element::at(scores[i], label(i), a, exponential[i]);
     const bool unknown = label(i) < T(0);
     loss[i] = unknown ? T(0) : r.loss;
     grad[i] = unknown ? T(0) : r.grad;
   }
 }
+
+// An element whose exponential is that of a sigmoid: Formula::logit(score, y, params) is the sigmoid's logit, and
+// Formula::at(score, y, params, sigmoid) gives loss and gradient.
+template <typename Formula>
+struct OfSigmoid {
+  template <typename T, typename Params>
+  MLFAST_HD static T exponential(T score, T y, const Params& a) {
+    return math::sigmoid_exponential(Formula::logit(score, y, a));
+  }
+  template <typename T, typename Params>
+  MLFAST_HD static LossGrad<T> at(T score, T y, const Params& a, T exponential) {
+    return Formula::at(score, y, a, math::sigmoid(Formula::logit(score, y, a), exponential));
+  }
+};
 
 // A formula with one function for each kind of labels, all loss_tile of some Element.
 template <typename T, typename Params>
@@ -115,10 +127,10 @@ struct TileFormula {
     soft = loss_tile<Element, Labels::kSoft, T, Params>;
   }
 
-  template <typename Element>
+  template <typename Element, typename Negative = Element>
   void set_hard() {
     hard = loss_tile<Element, Labels::kHard, T, Params>;
-    negative = loss_tile<Element, Labels::kNegative, T, Params>;
+    negative = loss_tile<Negative, Labels::kNegative, T, Params>;
   }
 
   void operator()(Labels labels, const T* scores, const T* y, T* loss, T* grad, int64_t n) const {

@@ -78,7 +78,7 @@ MLFAST_HD LossGrad<T> aam_shifted(T cos, bool positive, const AamParams<T>& a, c
   }
   const T raised = p_minus + a.shift;
   const bool open = raised < T(1);
-  const T q = math::at_most(raised, T(1));
+  const T q = math::at_most_one(raised);
   const T log_q = math::log_positive(q);
   const T log_q_slope = open ? p_minus_slope / q : T(0);
 
@@ -96,6 +96,20 @@ MLFAST_HD LossGrad<T> aam_shifted(T cos, bool positive, const AamParams<T>& a) {
   return aam_shifted<Margin, F>(cos, positive, a, math::sigmoid(aam_logit(cos, a)));
 }
 
+// A negative with a probability shift and no margin, of e = exp(-u). Where p+ is small there is no loss at all, so that
+// p- = e * p+ need not be exact there, and neither the sign of u nor the logarithm of a sigmoid is looked at.
+template <int F, typename T>
+MLFAST_HD LossGrad<T> aam_shifted_negative(T e, const AamParams<T>& a) {
+  const T p_plus = T(1) / (T(1) + e), p_minus = e * p_plus;
+  const T raised = p_minus + a.shift;
+  const T q = math::at_most_one(raised);
+  const T log_q = math::log_positive(q);
+  const T log_focus = F == kFocusReal ? math::log_positive(math::at_least_positive(p_plus)) : T(0);
+  const T weight = a.negative.weight * focus_weight<F>(p_plus, log_focus, a.negative);
+  const T slope = p_minus * (a.negative.gamma * log_q - p_plus / q);
+  return {-a.inv_scale * weight * log_q, -weight * (raised < T(1) ? slope : T(0))};
+}
+
 // Any target in [0, 1]: both terms, with exponent gamma_pos*y + gamma_neg*(1-y) over the base q*y + p+*(1-y).
 template <bool Shifted, typename T>
 MLFAST_HD LossGrad<T> aam_soft(T cos, T y, const AamParams<T>& a, const math::Sigmoid<T>& u) {
@@ -103,7 +117,7 @@ MLFAST_HD LossGrad<T> aam_soft(T cos, T y, const AamParams<T>& a, const math::Si
   T q = v.p, log_q = v.log_p, log_q_slope = -v.complement;
   if (Shifted) {
     const T raised = v.p + a.shift;
-    q = math::at_most(raised, T(1));
+    q = math::at_most_one(raised);
     log_q = math::log_positive(q);
     log_q_slope = -v.p * v.complement / q;
     log_q_slope = raised < T(1) ? log_q_slope : T(0);
@@ -114,7 +128,7 @@ MLFAST_HD LossGrad<T> aam_soft(T cos, T y, const AamParams<T>& a, const math::Si
   const T terms_slope = a.positive.weight * y * u.complement + a.negative.weight * not_y * log_q_slope;
 
   // At y = 0 and y = 1 the base is one sigmoid, whose logarithm stays exact where the sigmoid itself underflows.
-  const T base = math::at_least(q * y + u.p * not_y, T(kLeastBase));
+  const T base = math::at_least_positive(q * y + u.p * not_y);
   T log_base = math::log_positive(base);
   T log_base_slope = (q * y * log_q_slope + u.p * not_y * u.complement) / base;
   log_base = y == T(0) ? u.log_p : log_base;

@@ -60,17 +60,16 @@ MLFAST_HD float at_most(float x, float high) {
 }
 #endif
 
-#if !defined(__CUDA_ARCH__)
-// Not const: at a constant bound GCC splits the computation in two and blends the results, which costs 10 % of a loss.
-inline float lowest_exponent = -87.0f;
-#endif
+// About the least normal float: what is at least this has a logarithm, and focusing bases are.
+constexpr double kLeastPositive = 1e-37;
 
-// e^x for x <= 0; arguments below -87 give e^-87 = 1.6e-38, so results are never zero nor denormal. NaN stays NaN.
-MLFAST_HD float exp_nonpositive(float x) {
-#if defined(__CUDA_ARCH__)
-  return __expf(-at_most(-x, 87.0f));
-#else
-  x = x < lowest_exponent ? lowest_exponent : x;  // this order lets NaN through
+#if !defined(__CUDA_ARCH__)
+// Bounds that are not const: at a constant bound GCC splits the computation in two and blends the results, which costs
+// 10 % of a loss.
+inline float lowest_exponent = -87.0f, highest_exponent = 87.0f, unit = 1.0f, least_positive = kLeastPositive;
+
+// e^x for -87 <= x <= 87, or NaN.
+MLFAST_HD float exp_bounded(float x) {
   const float magic = 12582912.0f;                // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = x * 1.44269504f + magic;  // its low mantissa bits hold n = round(x / ln 2)
   const float n = shifted - magic;
@@ -82,6 +81,24 @@ MLFAST_HD float exp_nonpositive(float x) {
   const float p = high * (r2 * r2) + low;
   const uint32_t power = (static_cast<uint32_t>(bits_of(shifted)) << 23) + 0x3f800000u;  // 2^n
   return p * float_of(static_cast<int32_t>(power));
+}
+#endif
+
+// e^x for x <= 0; arguments below -87 give e^-87 = 1.6e-38, so results are never zero nor denormal. NaN stays NaN.
+MLFAST_HD float exp_nonpositive(float x) {
+#if defined(__CUDA_ARCH__)
+  return __expf(-at_most(-x, 87.0f));
+#else
+  return exp_bounded(x < lowest_exponent ? lowest_exponent : x);  // this order lets NaN through
+#endif
+}
+
+// e^-x; arguments beyond -87 and 87 give what those give, so results are finite and never zero. NaN stays NaN.
+MLFAST_HD float exp_minus(float x) {
+#if defined(__CUDA_ARCH__)
+  return __expf(-at_most(at_least(x, -87.0f), 87.0f));
+#else
+  return exp_bounded(-at_most(at_least(x, lowest_exponent), highest_exponent));
 #endif
 }
 
@@ -112,7 +129,27 @@ MLFAST_HD float log_positive(float x) {
 #endif
 }
 
+// A probability that rounding may have lifted above 1.
+MLFAST_HD float at_most_one(float x) {
+#if defined(__CUDA_ARCH__)
+  return at_most(x, 1.0f);
+#else
+  return at_most(x, unit);
+#endif
+}
+
+MLFAST_HD float at_least_positive(float x) {
+#if defined(__CUDA_ARCH__)
+  return at_least(x, float(kLeastPositive));
+#else
+  return at_least(x, least_positive);
+#endif
+}
+
+MLFAST_HD double at_most_one(double x) { return at_most(x, 1.0); }
+MLFAST_HD double at_least_positive(double x) { return at_least(x, kLeastPositive); }
 MLFAST_HD double exp_nonpositive(double x) { return exp(x < -700.0 ? -700.0 : x); }
+MLFAST_HD double exp_minus(double x) { return exp(-at_most(at_least(x, -700.0), 700.0)); }
 MLFAST_HD double log1p_unit(double x) { return log1p(x); }
 MLFAST_HD double log_positive(double x) { return log(x); }
 

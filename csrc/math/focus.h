@@ -18,9 +18,6 @@ struct LossSide {
   T floor[3];  // for gamma = 0..7 with binary digits b: 1 - b, see focus_weight
 };
 
-// Focusing bases are at least this, so that they have a logarithm: about the least normal float.
-constexpr double kLeastBase = 1e-37;
-
 // How the focusing weight is computed: not at all, as an integer power of 1 or 3 binary digits, or as exp(gamma * log).
 enum Focus { kFocusNone = 0, kFocusPower1 = 1, kFocusPower7 = 3, kFocusReal = 8 };
 

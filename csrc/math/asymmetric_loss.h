@@ -30,58 +30,63 @@ AslParams<T> asl_params(const AslOptions& o) {
   return {T(o.clip), loss_side<T>(o.weight_pos, o.gamma_pos), loss_side<T>(o.weight_neg, o.gamma_neg)};
 }
 
-// Each formula comes in two forms: of the logit, and of its sigmoid; that of asl_hard is of the signed logit.
+// The factors of one side, positive or negative: its loss is -weight * base^gamma * log(own), where `own` is the
+// probability of the label and base = 1 - own, or less with a clip. With ratio = |own'| / (own * base), which is 1
+// without a clip, the slope of both factors together is ratio * (base - gamma * own * log(own)): one division serves
+// both.
+template <typename T>
+struct AslFactors {
+  T own, log_own, base, log_base, ratio;
+};
+
+template <bool Detached, int F, typename T>
+MLFAST_HD LossGrad<T> asl_of(const AslFactors<T>& f, const LossSide<T>& side, T sign) {
+  const T weight = side.weight * focus_weight<F>(f.base, f.log_base, side);
+  T slope = f.base;
+  if (F != kFocusNone && !Detached) slope -= side.gamma * f.own * f.log_own;
+  return {-weight * f.log_own, -sign * weight * f.ratio * slope};
+}
+
+// Where p is below the clip a negative has no loss and no gradient at all.
+template <int F, typename T>
+MLFAST_HD AslFactors<T> asl_clipped(T p, T complement, const AslParams<T>& a) {
+  const T unclipped = p - a.clip;
+  const T variance = unclipped <= T(math::kLeastPositive) ? T(0) : p * complement;
+  AslFactors<T> f;
+  f.own = math::at_most_one(complement + a.clip);
+  f.base = math::at_least_positive(unclipped);
+  f.ratio = variance / (f.own * f.base);
+  f.log_own = math::log_positive(f.own);
+  f.log_base = F == kFocusReal ? math::log_positive(f.base) : T(0);
+  return f;
+}
+
+// A negative with a clip, of e = exp(-x). As no loss is left where p is small, 1 - p = e * p need not be exact there,
+// and neither the sign of x nor the logarithm of a sigmoid is looked at.
+template <bool Detached, int F, typename T>
+MLFAST_HD LossGrad<T> asl_clipped_negative(T e, const AslParams<T>& a) {
+  const T p = T(1) / (T(1) + e);
+  return asl_of<Detached, F>(asl_clipped<F>(p, e * p, a), a.negative, T(-1));
+}
+
+// The other formulas come in two forms: of the logit, and of its sigmoid; that of asl_hard is of the signed logit.
 template <bool Clipped, bool Detached, int F, typename T>
-MLFAST_HD LossGrad<T> asl_hard(bool positive, const AslParams<T>& a, const math::Sigmoid<T>& own) {
-  const LossSide<T> side = choose(positive, a);
-  const T sign = positive ? T(1) : T(-1);
-  T log_own = own.log_p, log_own_slope = own.complement;
-  T base = own.complement, log_base = own.log_complement, log_base_slope = -own.p;
-  if (Clipped) {  // negatives only: own.p is 1 - p there
-    const T unclipped = own.complement - a.clip;
-    const bool closed = unclipped <= T(math::kLeastPositive);  // easy enough to have no loss and no gradient at all
-    const T clipped_base = closed ? T(math::kLeastPositive) : unclipped;
-    const T raised = math::at_most_one(own.p + a.clip);
-    const T q = closed ? T(1) : raised;
-    const T variance = closed ? T(0) : own.p * own.complement;
-    const T ratio = variance / (q * clipped_base);  // one division for variance / q and variance / clipped_base
-    const T log_q = math::log_positive(q);
-    log_own = positive ? log_own : log_q;
-    log_own_slope = positive ? log_own_slope : ratio * clipped_base;
-    base = positive ? base : clipped_base;
-    log_base_slope = positive ? log_base_slope : -ratio * q;
-    if (F == kFocusReal) {
-      const T log_clipped_base = math::log_positive(clipped_base);
-      log_base = positive ? log_base : log_clipped_base;
-    }
+MLFAST_HD LossGrad<T> asl_hard(bool positive, const AslParams<T>& a, const math::Sigmoid<T>& s) {
+  AslFactors<T> f{s.p, s.log_p, s.complement, s.log_complement, T(1)};
+  if (Clipped) {
+    const AslFactors<T> negative = asl_clipped<F>(s.complement, s.p, a);
+    f.own = positive ? f.own : negative.own;
+    f.log_own = positive ? f.log_own : negative.log_own;
+    f.base = positive ? f.base : negative.base;
+    f.log_base = positive ? f.log_base : negative.log_base;
+    f.ratio = positive ? f.ratio : negative.ratio;
   }
-  const T weight = side.weight * focus_weight<F>(base, log_base, side);
-  T slope = log_own_slope;
-  if (F != kFocusNone && !Detached) slope += side.gamma * log_base_slope * log_own;
-  return {-weight * log_own, -sign * weight * slope};
+  return asl_of<Detached, F>(f, choose(positive, a), positive ? T(1) : T(-1));
 }
 
 template <bool Clipped, bool Detached, int F, typename T>
 MLFAST_HD LossGrad<T> asl_hard(T logit, bool positive, const AslParams<T>& a) {
   return asl_hard<Clipped, Detached, F>(positive, a, math::sigmoid(positive ? logit : -logit));
-}
-
-// A negative with a clip, of e = exp(-x). Below p = clip there is no loss at all, so that 1 - p = e * p need not be
-// exact where p is small, and neither the sign of x nor the logarithm of a sigmoid is looked at: a tenth less work than
-// asl_hard.
-template <bool Detached, int F, typename T>
-MLFAST_HD LossGrad<T> asl_clipped_negative(T e, const AslParams<T>& a) {
-  const T p = T(1) / (T(1) + e), complement = e * p;
-  const T unclipped = p - a.clip;
-  const T base = math::at_least_positive(unclipped);
-  const T q = math::at_most_one(complement + a.clip);
-  const T log_q = math::log_positive(q);
-  const T log_base = F == kFocusReal ? math::log_positive(base) : T(0);
-  const T weight = a.negative.weight * focus_weight<F>(base, log_base, a.negative);
-  const T variance = unclipped <= T(math::kLeastPositive) ? T(0) : p * complement;
-  if (F == kFocusNone || Detached) return {-weight * log_q, weight * variance / q};
-  const T slope = base - a.negative.gamma * q * log_q;  // times q * base, so that one division serves both terms
-  return {-weight * log_q, weight * (variance / (q * base)) * slope};
 }
 
 // Any target in [0, 1]: both terms, with exponent gamma_pos*y + gamma_neg*(1-y) over the base (1-p)*y + (1-q)*(1-y).
@@ -90,15 +95,12 @@ MLFAST_HD LossGrad<T> asl_soft(T y, const AslParams<T>& a, const math::Sigmoid<T
   const T variance = s.p * s.complement;
   T log_q = s.log_complement, log_q_slope = -s.p, base_neg = s.p, log_base_neg = s.log_p, base_neg_slope = variance;
   if (Clipped) {
-    const T unclipped = s.p - a.clip;
-    const bool closed = unclipped <= T(math::kLeastPositive);
-    base_neg = closed ? T(math::kLeastPositive) : unclipped;
-    const T raised = math::at_most_one(s.complement + a.clip);
-    const T q = closed ? T(1) : raised;
-    base_neg_slope = closed ? T(0) : variance;
-    log_q = math::log_positive(q);
-    log_q_slope = -base_neg_slope / q;
-    log_base_neg = math::log_positive(base_neg);
+    const AslFactors<T> negative = asl_clipped<kFocusReal>(s.p, s.complement, a);
+    log_q = negative.log_own;
+    log_q_slope = -negative.ratio * negative.base;
+    base_neg = negative.base;
+    log_base_neg = negative.log_base;
+    base_neg_slope = negative.ratio * negative.own * negative.base;
   }
   const T not_y = T(1) - y;
   const T gamma = a.positive.gamma * y + a.negative.gamma * not_y;

@@ -41,10 +41,11 @@ struct AslFactors {
 
 template <bool Detached, int F, typename T>
 MLFAST_HD LossGrad<T> asl_of(const AslFactors<T>& f, const LossSide<T>& side, T sign) {
-  const T weight = side.weight * focus_weight<F>(f.base, f.log_base, side);
   T slope = f.base;
   if (F != kFocusNone && !Detached) slope -= side.gamma * f.own * f.log_own;
-  return {-weight * f.log_own, -sign * weight * f.ratio * slope};
+  slope *= f.ratio;
+  const T weight = side.weight * focus_weight<F>(f.base, f.log_base, side);
+  return {-weight * f.log_own, -sign * weight * slope};
 }
 
 // Where p is below the clip a negative has no loss and no gradient at all.
@@ -97,10 +98,10 @@ MLFAST_HD LossGrad<T> asl_soft(T y, const AslParams<T>& a, const math::Sigmoid<T
   if (Clipped) {
     const AslFactors<T> negative = asl_clipped<kFocusReal>(s.p, s.complement, a);
     log_q = negative.log_own;
-    log_q_slope = -negative.ratio * negative.base;
     base_neg = negative.base;
     log_base_neg = negative.log_base;
     base_neg_slope = negative.ratio * negative.own * negative.base;
+    log_q_slope = -base_neg_slope / negative.own;  // not -ratio * base: the compiler for sm_80 would spill
   }
   const T not_y = T(1) - y;
   const T gamma = a.positive.gamma * y + a.negative.gamma * not_y;

@@ -50,9 +50,10 @@ class SparseTargets:
         if not isinstance(rows, Iterable):
             raise TypeError(f"SparseTargets: rows must be a list of lists of classes, got {type(rows).__name__}")
         lists = [_classes(number, row) for number, row in enumerate(rows)]
-        indptr = torch.zeros(len(lists) + 1, dtype=torch.int64)
-        indptr[1:] = torch.tensor([len(row) for row in lists], dtype=torch.int64).cumsum(0)
-        return cls(indptr, torch.tensor([i for row in lists for i in row], dtype=torch.int64), num_classes)
+        with torch.device("cpu"):  # where values are checked, whatever the default device is
+            indptr = torch.zeros(len(lists) + 1, dtype=torch.int64)
+            indptr[1:] = torch.tensor([len(row) for row in lists], dtype=torch.int64).cumsum(0)
+            return cls(indptr, torch.tensor([i for row in lists for i in row], dtype=torch.int64), num_classes)
 
     @classmethod
     def from_dense(cls, target: Tensor) -> SparseTargets:

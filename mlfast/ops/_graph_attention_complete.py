@@ -162,7 +162,7 @@ class CompleteAttentionFunction(torch.autograd.Function):
         value, *merged = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         grads = launch_backward(backend, grad_out, value, Merged(*merged), score_dtype, negative_slope, needs)
-        return *without_second_derivative(*grads), None, None
+        return *without_second_derivative(ctx, grads, grad_out), None, None
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile

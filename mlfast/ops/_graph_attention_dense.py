@@ -101,12 +101,12 @@ def few_edges(backend: str, mask: Tensor | None) -> sparse.Edges | None:
     if backend != "cpu" or mask is None:
         return None
     mask, nodes = mask.contiguous(), mask.shape[0]
-    indptr, indptr_t = (torch.empty(nodes + 1, dtype=torch.int64) for _ in range(2))
+    indptr, indptr_t = (torch.empty(nodes + 1, dtype=torch.int64, device=mask.device) for _ in range(2))
     count = _native.graph_attention_count_edges_cpu(mask.data_ptr(), nodes, indptr.data_ptr())
     if count >= dense_from(nodes, listed=False) * nodes**2:
         return None
-    indices, indices_t = (torch.empty(count, dtype=torch.int32) for _ in range(2))
-    edges_t = torch.empty(count, dtype=torch.int64)
+    indices, indices_t = (torch.empty(count, dtype=torch.int32, device=mask.device) for _ in range(2))
+    edges_t = torch.empty(count, dtype=torch.int64, device=mask.device)
     found = indices, indptr_t, indices_t, edges_t
     _native.graph_attention_list_edges_cpu(mask.data_ptr(), nodes, *map(address, found))
     return indptr, *found
@@ -200,7 +200,7 @@ class DenseAttentionFunction(torch.autograd.Function):
         backend, slope, dropout = ctx.call
         grads = launch_backward(backend, grad_out, value, score_src, score_dst, mask, slope, dropout, seed, kept)
         needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
-        return *without_second_derivative(*needed), *[None] * 5
+        return *without_second_derivative(ctx, tuple(needed), grad_out), *[None] * 5
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile

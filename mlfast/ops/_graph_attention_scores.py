@@ -51,12 +51,13 @@ class ValueAndScoresFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outs: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by the value and the vectors."""
-        value = ctx.saved_tensors[0]
+        saved = ctx.saved_tensors  # read once: checkpoints unpack them once only
+        value = saved[0]
         grad_outs = tuple(grad.contiguous().resolve_neg() for grad in grad_outs)
-        grads = tuple(torch.empty_like(t) for t in ctx.saved_tensors)
+        grads = tuple(torch.empty_like(t) for t in saved)
         if value.numel() > 0:
-            addresses = map(address, (*ctx.saved_tensors, *grad_outs, *grads))
+            addresses = map(address, (*saved, *grad_outs, *grads))
             _native.graph_attention_scores_backward_cpu(CODES[value.dtype], *value.shape, *addresses)
         else:
             grads = tuple(grad.zero_() for grad in grads)
-        return without_second_derivative(*grads)
+        return without_second_derivative(ctx, grads, *grad_outs)

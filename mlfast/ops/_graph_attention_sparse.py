@@ -151,7 +151,7 @@ class SparseAttentionFunction(torch.autograd.Function):
         tensors = value, score_src, score_dst, statistics
         grads = launch_backward(backend, grad_out, *tensors, tuple(edges), numbers, seed)
         needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
-        return *without_second_derivative(*needed), *[None] * 4
+        return *without_second_derivative(ctx, tuple(needed), grad_out), *[None] * 4
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile

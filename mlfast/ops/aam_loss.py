@@ -121,9 +121,9 @@ def aam_loss(
     Args:
         cos: cosines [..., K], bfloat16, half, float32 or float64; values outside [-1, 1] (a bias was added) are legal.
         target: [..., K], the shape of ``cos``, any real dtype. Integers and bool: > 0 present, 0 absent, < 0 unknown
-            (in uint8: 255). Floats: in [0, 1], or < 0 for unknown; not checked, as that would wait for the device: of
-            NaN the loss is NaN; above 1 it means nothing, may be negative or huge, and differs between backends.
-            Unknown labels have no loss and no gradient. Or
+            (in uint8: 128 to 255). Floats: in [0, 1], or < 0 for unknown; not checked, as that would wait for the
+            device: of NaN the loss is NaN; above 1 it means nothing, may be negative or huge, and differs between
+            backends. Unknown labels have no loss and no gradient. Or
             :class:`mlfast.SparseTargets`, the positives of [B, K], all other labels being absent.
         scale: s > 0, which multiplies the cosines.
         margin: m in [-1, 1], subtracted from the cosine on the side of the label. Beyond 1 no cosine is on the right

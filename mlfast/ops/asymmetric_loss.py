@@ -104,14 +104,15 @@ def asymmetric_loss(
 
     Binary cross-entropy is the case ``gamma_neg=0, clip=0``. A soft ``y`` blends both terms, with the exponent
     ``gamma_pos * y + gamma_neg * (1 - y)`` over the base ``(1 - p) * y + (1 - q) * (1 - y)``. Logarithms are those of
-    log-sigmoids in float32 at least: no logit gives NaN, where the public code, which clamps at 1e-8, needs float32.
+    log-sigmoids in float32 at least: no finite logit gives NaN, where the public code, which clamps at 1e-8, needs
+    float32.
 
     Args:
         logits: [..., K], bfloat16, half, float32 or float64.
         target: [..., K], the shape of ``logits``, any real dtype. Integers and bool: > 0 present, 0 absent, < 0 unknown
-            (in uint8: 255). Floats: in [0, 1], or < 0 for unknown; not checked, as that would wait for the device: of
-            NaN the loss is NaN; above 1 it means nothing, may be negative or huge, and differs between backends.
-            Unknown labels have no loss and no gradient. Or
+            (in uint8: 128 to 255). Floats: in [0, 1], or < 0 for unknown; not checked, as that would wait for the
+            device: of NaN the loss is NaN; above 1 it means nothing, may be negative or huge, and differs between
+            backends. Unknown labels have no loss and no gradient. Or
             :class:`mlfast.SparseTargets`, the positives of [B, K], all other labels being absent.
         gamma_neg, gamma_pos: focusing exponents >= 0.
         clip: in [0, 1), added to the probability that a negative is absent: below ``p = clip`` it has no loss at all.

@@ -157,7 +157,7 @@ class CosineLinearFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
         with torch.no_grad():  # a product that writes to `out` wants it, also under create_graph=True
             grads = launch_backward(ctx.backend, grad_cos, x, weight, inverse_x, inverse_w, needs)
-        return *without_second_derivative(*grads), None
+        return *without_second_derivative(ctx, grads, grad_cos), None
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile

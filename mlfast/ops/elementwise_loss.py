@@ -235,7 +235,7 @@ class ElementwiseLossFunction(torch.autograd.Function):
             scores, target, indptr, class_weight = ctx.saved_tensors
             unscaled = launch(op, backend, scores, target, indptr, class_weight, options, True)[1:]
         grad = finish_grad(backend, unscaled[0], grad_loss, unscaled[1])
-        return *without_second_derivative(grad), *[None] * 6
+        return *without_second_derivative(ctx, (grad,), grad_loss), *[None] * 6
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile

@@ -223,7 +223,7 @@ class GroupLinearFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         grad_bias = _grad_bias(grad_out, ctx.bias_dtype) if needs[2] else None
         grads = launch_backward(ctx.backend, grad_out, x, weight, saved, ctx.cosine, needs[:2])
-        return *without_second_derivative(*grads, grad_bias), *[None] * 4
+        return *without_second_derivative(ctx, (*grads, grad_bias), grad_out), *[None] * 4
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -135,7 +135,7 @@ class ReweightPoolFunction(torch.autograd.Function):
         backend, size = ctx.call
         weight, argmax, slope = ctx.saved_tensors
         grads = launch_backward(backend, grad_out, weight, argmax, slope, size, ctx.needs_input_grad[:2])
-        return *without_second_derivative(*grads), None
+        return *without_second_derivative(ctx, grads, grad_out), None
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile

@@ -127,3 +127,11 @@ def test_module():
     for wrong in (dict(num_heads=0), dict(dropout=1.0), dict(negative_slope=-1.0)):
         with pytest.raises(ValueError, match="GraphAttention needs"):
             GraphAttention(**(dict(in_features=7, out_features=5) | wrong))
+
+
+@pytest.mark.parametrize("graph", [None, torch.eye(9, dtype=torch.bool)], ids=["complete", "mask"])
+def test_under_a_checkpoint_that_unpacks_tensors_once(graph):
+    layer, x = GraphAttention(8, 4, 2), torch.randn(9, 8, requires_grad=True)
+    expected = torch.autograd.grad(layer(x, graph).square().sum(), x)
+    out = torch.utils.checkpoint.checkpoint(layer, x, graph, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), x), expected, rtol=0, atol=0)

@@ -351,3 +351,10 @@ def test_bit_equal_over_repeats(backend, device, route):
     first = attended_and_grads(*tensors, graph)
     for _ in range(3):
         assert all(map(torch.equal, attended_and_grads(*tensors, graph), first))
+
+
+def test_a_mask_on_the_cpu_whatever_the_default_device_is():
+    value, scores, mask = torch.randn(6, 2, 3), torch.randn(6, 2), torch.eye(6, dtype=torch.bool)
+    with torch.device("meta"):
+        out = graph_attention(value, scores, scores, mask)
+    torch.testing.assert_close(out, value)  # each attends to itself alone

@@ -330,3 +330,10 @@ def test_losses_say_what_does_not_fit():
         aam_loss(torch.zeros(2, 10), sparse.to("meta"))
     with pytest.raises(TypeError, match=r"target must be a tensor or mlfast.SparseTargets, got list"):
         aam_loss(torch.zeros(2, 10), [[1], [2]])
+
+
+def test_from_lists_checks_whatever_the_default_device_is():
+    with torch.device("meta"):
+        assert SparseTargets.from_lists([[1], []], 3).indptr.device.type == "cpu"
+        with pytest.raises(ValueError, match="got 99 in row 1"):
+            SparseTargets.from_lists([[1], [99]], 3)

@@ -67,6 +67,11 @@ def check_tensors(
         raise ValueError(f"{op}: {name} must have a dimension of classes, [..., K], got a scalar")
     check_device(op, "target", target, name, scores)
     if isinstance(target, Tensor):
+        if target.layout != torch.strided:
+            raise TypeError(
+                f"{op}: target must be a dense tensor, got {target.layout}; pass target.to_dense(), or the positives "
+                "as mlfast.SparseTargets"
+            )
         if target.dtype not in CODES:
             raise TypeError(f"{op}: target must be bool, an integer or a float, got {target.dtype}")
         if target.requires_grad:
@@ -75,7 +80,11 @@ def check_tensors(
         _check_class_weight(op, name, scores, class_weight)
 
 
-def _check_class_weight(op: str, name: str, scores: Tensor, class_weight: Tensor) -> None:
+def _check_class_weight(op: str, name: str, scores: Tensor, class_weight: Any) -> None:
+    if not isinstance(class_weight, Tensor):
+        raise TypeError(
+            f"{op}: class_weight must be a tensor, got {type(class_weight).__name__}; pass torch.tensor(class_weight)"
+        )
     if class_weight.shape != scores.shape[-1:]:
         raise ValueError(
             f"{op}: class_weight must have one value per class, [{scores.shape[-1]}], got {list(class_weight.shape)}"

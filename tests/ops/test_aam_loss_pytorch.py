@@ -190,6 +190,8 @@ def test_released_shifts_only_when_it_focuses():
             "target must be on the device of cos, cpu, got meta",
         ),
         (dict(target=torch.ones(2, 3, requires_grad=True)), ValueError, "target.detach"),
+        (dict(target=torch.ones(2, 3).to_sparse()), TypeError, "target must be a dense tensor.*SparseTargets"),
+        (dict(class_weight=[1.0, 1.0, 1.0]), TypeError, "class_weight must be a tensor, got list"),
         (dict(class_weight=torch.ones(4)), ValueError, r"one value per class, \[3\], got \[4\]"),
         (dict(class_weight=torch.ones(3, dtype=torch.int64)), TypeError, "class_weight must be floating point"),
         (dict(class_weight=torch.ones(3, device="meta")), ValueError, "class_weight must be on the device"),

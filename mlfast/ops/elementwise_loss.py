@@ -281,10 +281,11 @@ def _fake(scores: Tensor, target: Tensor, *others: Any) -> tuple[Tensor, Tensor,
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[1:], inputs[0])  # the scores for the sake of second derivatives, which are refused
     ctx.number_of_inputs = len(inputs)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad, inv_known = ctx.saved_tensors
-    return ((grad * (grad_loss * inv_known)).to(grad.dtype), *[None] * (ctx.number_of_inputs - 1))
+    grad, inv_known, _ = ctx.saved_tensors
+    scaled = (grad * (grad_loss * inv_known)).to(grad.dtype)
+    return *without_second_derivative(ctx, (scaled,), grad_loss), *[None] * (ctx.number_of_inputs - 1)

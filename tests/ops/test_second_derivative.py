@@ -45,3 +45,14 @@ def test_second_derivative_by_chosen_inputs_raises(name):
 def test_hessian_raises():
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.functional.hessian(lambda x: aam_loss(x, TARGET), torch.randn(4, 5))
+
+
+class Scores(torch.Tensor):
+    """What is no plain tensor takes the way through the dispatcher."""
+
+
+def test_through_the_dispatcher():
+    scores = torch.randn(4, 5).as_subclass(Scores).requires_grad_()
+    (grad,) = torch.autograd.grad(aam_loss(scores, TARGET), scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.square().sum(), scores)

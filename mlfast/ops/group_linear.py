@@ -297,7 +297,7 @@ def group_linear(
 
     With ``cosine`` the product is divided by the lengths of both vectors before the bias is added, as Prokofiev &
     Sovrasov do for angular losses. Lengths below 1e-12 count as 1e-12, as in ``torch.nn.functional.normalize``: a zero
-    vector has cosine 0 and a finite gradient. Nothing is clamped to [-1, 1].
+    vector has cosine 0 and a gradient that is finite except in float16. Nothing is clamped to [-1, 1].
 
     Args:
         x: [B, L, D], a vector per image and group; bfloat16, half, float32 or float64. Rows in any order are read as

@@ -219,7 +219,8 @@ def cosine_linear(x: Tensor, weight: Tensor) -> Tensor:
     .. math:: \cos_{bk} = \frac{\langle x_b, w_k \rangle}{\max(|x_b|, \epsilon) \max(|w_k|, \epsilon)}
 
     with :math:`\epsilon = 10^{-12}`, as in ``torch.nn.functional.normalize``: a zero vector has cosine 0 and a
-    gradient that is finite except in float16. No normalised copy is stored. The cosines are not clamped; rounding may give 1 + 1e-7.
+    gradient that is finite except in float16. No normalised copy is stored. The cosines are not clamped; rounding may
+    give 1 + 1e-7.
 
     Args:
         x: [..., D], D at least 1; bfloat16, half, float32 or float64.

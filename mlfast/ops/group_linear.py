@@ -124,6 +124,7 @@ def with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
+@torch.no_grad()  # products with out= refuse where a graph is built, as for create_graph=True
 def launch_backward(
     backend: str,
     grad_out: Tensor,

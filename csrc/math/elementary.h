@@ -60,7 +60,7 @@ MLFAST_HD float at_most(float x, float high) {
 }
 #endif
 
-// About the least normal float: what is at least this has a logarithm, and focusing bases are.
+// About the least normal float. Focusing bases are at least this, so that they have a logarithm.
 constexpr double kLeastPositive = 1e-37;
 
 #if !defined(__CUDA_ARCH__)

@@ -7,7 +7,9 @@ Environment:
     CXX, NVCC             the compilers; CXXFLAGS is appended to the C++ flags, LDFLAGS to the command that links
 """
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -44,7 +46,10 @@ def find_nvcc() -> tuple[str | None, str]:
 
 def cuda_arch_flags(nvcc: str) -> tuple[str, list[str]]:
     """The compute capabilities to build for, and nvcc's flags for them."""
-    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    try:
+        listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompileError(f"{nvcc} --list-gpu-arch failed: {error}") from error
     known = {line.removeprefix("compute_") for line in listing.split()}
     wish = os.environ.get("MLFAST_CUDA_ARCHS")
     archs = [a.strip().replace(".", "") for a in (wish or DEFAULT_CUDA_ARCHS).split(";") if a.strip()]
@@ -52,7 +57,7 @@ def cuda_arch_flags(nvcc: str) -> tuple[str, list[str]]:
         raise SystemExit(f"MLFAST_CUDA_ARCHS={wish!r}: {nvcc} knows {', '.join(sorted(known, key=int))}")
     archs = [a for a in archs if a in known]
     if not archs:
-        raise SystemExit(f"no compute capability to build for: set MLFAST_CUDA_ARCHS to some of {';'.join(known)}")
+        raise CompileError(f"no compute capability to build for: set MLFAST_CUDA_ARCHS to some of {';'.join(known)}")
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     return ";".join(archs), [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
@@ -65,7 +70,7 @@ def cxx_flags() -> list[str]:
         flags.append("-mprefer-vector-width=512")  # in the clone for AVX-512, where GCC prefers 256 by itself
     if sys.platform.startswith("linux"):
         flags.append("-fopenmp")
-    flags += [f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    flags += [f"-isystem {quote(path)}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     return flags + os.environ.get("CXXFLAGS", "").split()
 
 
@@ -112,11 +117,11 @@ def ninja_file(target: Path, folder: Path, nvcc: str | None, why_no_cuda: str) -
         archs, arch_flags = cuda_arch_flags(nvcc)
         sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
         defines = ["-DMLFAST_CUDA", define("MLFAST_CUDA_ARCHS", archs)]
-        link = f"{nvcc} -ccbin {cxx} -shared -cudart static -Xcompiler -fopenmp"
+        link = f"{quote(nvcc)} -ccbin {cxx} -shared -cudart static -Xcompiler -fopenmp"
         # Float division to 2 ulp and subnormal floats as 0: otherwise every reciprocal and exponential is scaled twice,
         # which is a quarter of a loss's instructions. No formula relies on subnormal numbers.
         flags = f"-std=c++17 -O3 -prec-div=false -ftz=true -Xcompiler -fPIC {' '.join(arch_flags)}"
-        rules.append(ninja_rule("cuda", f"{nvcc} -ccbin {cxx} {flags}"))
+        rules.append(ninja_rule("cuda", f"{quote(nvcc)} -ccbin {cxx} {flags}"))
     else:
         defines = [define("MLFAST_WHY_NO_CUDA", why_no_cuda)]
     rules.append(ninja_rule("cxx", " ".join([cxx, *cxx_flags(), *defines])))
@@ -140,18 +145,25 @@ def ninja_rule(name: str, command: str) -> str:
 
 
 def define(name: str, text: str) -> str:
-    """A string macro, quoted for the shell."""
-    return f"'-D{name}=\"{text}\"'"
+    """A string macro, as an argument of a command."""
+    return quote(f"-D{name}={json.dumps(text)}")
+
+
+def quote(argument: str) -> str:
+    """An argument of a command, quoted for the shell and for ninja."""
+    return shlex.quote(argument).replace("$", "$$")
 
 
 def escape(path: Path) -> str:
+    """A path in a list of ninja's."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 native = os.environ.get("MLFAST_NATIVE", "")
 if native not in ("", "0", "1"):
     raise SystemExit(f"MLFAST_NATIVE must be 0, 1 or unset, got {native!r}")
+insists = "1" in (native, os.environ.get("MLFAST_CUDA"))
 setup(
-    ext_modules=[] if native == "0" else [Extension("mlfast._native", sources=[], optional=native != "1")],
+    ext_modules=[] if native == "0" else [Extension("mlfast._native", sources=[], optional=not insists)],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -13,6 +13,7 @@
 #include "cpu/group_linear.h"
 #include "cpu/huge_pages.h"
 #include "cpu/reweight_pool.h"
+#include "cpu/simd.h"
 #ifdef MLFAST_CUDA
 #include "cuda/aam_loss.h"
 #include "cuda/asymmetric_loss.h"
@@ -294,11 +295,13 @@ void scale_grad_cuda(uintptr_t grad, int grad_type, uintptr_t factor, int factor
 #endif
 
 const char* instruction_set() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl")) return "AVX-512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "AVX2";
+#ifdef MLFAST_CLONES
+  if (__builtin_cpu_supports("x86-64-v4")) return "AVX-512";
+  if (__builtin_cpu_supports("x86-64-v3")) return "AVX2";
+  return "the baseline instructions of x86-64";
+#else
+  return "the instructions that they were compiled for";
 #endif
-  return "baseline";
 }
 
 int max_threads() {

@@ -48,15 +48,8 @@ class Graph:
     edges_t: Tensor
     mask: Tensor | None
 
-    def __init__(self, rows: Tensor, columns: Tensor, num_nodes: int) -> None:
-        """Edges as int64 pairs that were checked."""
-        keys = torch.unique(rows * num_nodes + columns)  # sorted
-        rows, columns = keys // max(num_nodes, 1), keys % max(num_nodes, 1)
-        order = torch.argsort(columns, stable=True)
-        self.num_nodes = num_nodes
-        self.indptr, self.indices = _pointers(rows, num_nodes), columns.int()
-        self.indptr_t, self.indices_t, self.edges_t = _pointers(columns, num_nodes), rows[order].int(), order
-        self.mask = self._mask_if_dense()
+    def __init__(self, *unused: Any, **also_unused: Any) -> None:
+        raise TypeError("Graph: make one by Graph.from_edges, Graph.from_dense or Graph.from_csr")
 
     @classmethod
     def from_edges(cls, edge_index: Tensor, num_nodes: int, add_self_loops: bool = False) -> Graph:
@@ -81,7 +74,7 @@ class Graph:
         if add_self_loops:
             nodes = torch.arange(num_nodes, device=rows.device)
             rows, columns = torch.cat([rows, nodes]), torch.cat([columns, nodes])
-        return cls(rows, columns, num_nodes)
+        return cls._of(rows, columns, num_nodes)
 
     @classmethod
     def from_dense(cls, matrix: Tensor) -> Graph:
@@ -105,7 +98,7 @@ class Graph:
             )
         _checked_size(matrix.shape[0])
         rows, columns = (matrix > 0).nonzero().unbind(1)
-        return cls(rows, columns, matrix.shape[0])
+        return cls._of(rows, columns, matrix.shape[0])
 
     @classmethod
     def from_csr(cls, indptr: Tensor, indices: Tensor) -> Graph:
@@ -122,6 +115,8 @@ class Graph:
             _check_integers(name, tensor)
             if tensor.dim() != 1:
                 raise ValueError(f"Graph: {name} must have one dimension, got {list(tensor.shape)}")
+        if indptr.numel() == 0:
+            raise ValueError("Graph: indptr must have K + 1 numbers, got none; a graph without nodes has [0]")
         if indptr.device != indices.device:
             raise ValueError(f"Graph: indptr and indices must be on one device, got {indptr.device}, {indices.device}")
         num_nodes, counts = indptr.numel() - 1, indptr.long().diff()
@@ -133,7 +128,20 @@ class Graph:
             )
         _check_indices("indices", indices, num_nodes)
         rows = torch.repeat_interleave(torch.arange(num_nodes, device=indices.device), counts)
-        return cls(rows, indices.long(), num_nodes)
+        return cls._of(rows, indices.long(), num_nodes)
+
+    @classmethod
+    def _of(cls, rows: Tensor, columns: Tensor, num_nodes: int) -> Graph:
+        """Edges as int64 pairs that were checked."""
+        keys = torch.unique(rows * num_nodes + columns)  # sorted
+        rows, columns = keys // max(num_nodes, 1), keys % max(num_nodes, 1)
+        order = torch.argsort(columns, stable=True)
+        graph = cls.__new__(cls)
+        graph.num_nodes = num_nodes
+        graph.indptr, graph.indices = _pointers(rows, num_nodes), columns.int()
+        graph.indptr_t, graph.indices_t, graph.edges_t = _pointers(columns, num_nodes), rows[order].int(), order
+        graph.mask = graph._mask_if_dense()
+        return graph
 
     @property
     def num_edges(self) -> int:
@@ -150,18 +158,20 @@ class Graph:
         """Where the tensors are."""
         return self.indices.device
 
-    def to(self, device: torch.device | str) -> Graph:
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Graph:
         """This graph on a device; itself if it is there already. It has no dtype: it serves values of any.
 
         Raises:
             TypeError: ``device`` is none.
         """
-        if not isinstance(device, (torch.device, str)):
+        if not isinstance(device, (torch.device, str, int)):
             raise TypeError(f"Graph.to takes a device, as 'cuda' or torch.device('cuda', 0), got {device!r}")
-        if self.device == torch.device(device):
-            return self
-        moved = object.__new__(Graph)
-        moved.__dict__ = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.__dict__.items()}
+        moved = Graph.__new__(Graph)
+        moved.num_nodes = self.num_nodes
+        for name in ("indices", "indptr", "indptr_t", "indices_t", "edges_t"):
+            setattr(moved, name, getattr(self, name).to(device, non_blocking=non_blocking))
+            if moved.device == self.device:
+                return self
         moved.mask = moved._mask_if_dense()
         return moved
 

@@ -112,6 +112,20 @@ def test_binary_cross_entropy(reduction, weight):
         original, new = swap(nn.BCEWithLogitsLoss(weight, reduction=reduction))
         assert_same(original, new, *labelled(soft=soft))
     assert "pos_weight" in reason(nn.BCEWithLogitsLoss(pos_weight=torch.ones(7)))
+    assert "one number for all" in reason(nn.BCEWithLogitsLoss(torch.ones(1)))
+
+
+def test_binary_cross_entropy_is_called_as_before():
+    original, new = swap(nn.BCEWithLogitsLoss())
+    logits, target = labelled()
+    torch.testing.assert_close(new(input=logits, target=target), original(input=logits, target=target))
+    _, report = mlfast.accelerate(nn.BCEWithLogitsLoss(torch.ones(7)))
+    assert "its weight is class_weight" in report.swapped[0].note
+
+
+def test_on_the_meta_device_a_loss_is_left():
+    with torch.device("meta"):
+        assert "meta device" in reason(nn.BCEWithLogitsLoss())
 
 
 def test_a_namesake_that_computes_otherwise_is_left():

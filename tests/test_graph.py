@@ -53,6 +53,7 @@ def test_repr_and_to():
     graph = Graph.from_dense(MATRIX)
     assert repr(graph) == "Graph(3 nodes, 4 edges, density 0.444, cpu)"
     assert graph.to("cpu") is graph
+    assert graph.to(torch.device("cpu", 0), non_blocking=True) is graph
     with pytest.raises(TypeError, match=r"Graph\.to takes a device.*got torch\.float16"):
         graph.to(torch.float16)
     moved = graph.to("meta")
@@ -83,6 +84,8 @@ def test_repr_and_to():
             ValueError,
             r"got NaN at \[1, 0\], 2 in all; .* matrix.nan_to_num\(0\)",
         ),
+        (lambda: Graph(*EDGES, 3), TypeError, "make one by Graph.from_edges, Graph.from_dense or Graph.from_csr"),
+        (lambda: Graph.from_csr(EDGES[0, :0], EDGES[0, :0]), ValueError, r"a graph without nodes has \[0\]"),
         (lambda: Graph.from_csr(torch.tensor([2, 2]), torch.tensor([0, 0])), ValueError, "cumulative sum with a 0"),
         (
             lambda: Graph.from_csr(torch.tensor([0, 2]), torch.tensor([0, 1])),

@@ -17,8 +17,6 @@ namespace {
 constexpr double kMostInverse = 1e12;
 // Products that are added in the computing type; their sums are added in double.
 constexpr int64_t kTile = 2048;
-// A read costs far less than an element of a loss, for which threads_for was made.
-constexpr int64_t kReadsPerLoss = 4;
 
 // Four sums side by side, since each addition waits for the one before it. omp simd lets GCC reorder a sum.
 template <typename T>

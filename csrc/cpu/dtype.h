@@ -112,7 +112,10 @@ MLFAST_SIMD void convert(const From* __restrict from, To* __restrict to, int64_t
 template <typename F>
 void with_float_type(DType type, const F& f) {
   with_type(type, [&](auto* pointer) {
-    if constexpr (!std::is_integral_v<std::remove_pointer_t<decltype(pointer)>>) f(pointer);
+    if constexpr (std::is_integral_v<std::remove_pointer_t<decltype(pointer)>>)
+      throw std::invalid_argument("mlfast: expected the code of a floating-point dtype");
+    else
+      f(pointer);
   });
 }
 

@@ -1,6 +1,7 @@
 // The backward pass of all elementwise losses on the CPU: the incoming gradient is applied to the one they left.
 #include "elementwise_loss.h"
 
+#include <stdexcept>
 #include <type_traits>
 
 namespace mlfast::cpu {
@@ -18,6 +19,8 @@ MLFAST_SIMD void scale_tile(double* grad, double factor, int64_t n) {
 }  // namespace
 
 void scale_grad(void* grad, DType grad_type, const void* factor, DType factor_type, int64_t n) {
+  if (factor_type != DType::kFloat64 && factor_type != DType::kFloat32)
+    throw std::invalid_argument("mlfast: scale_grad takes a factor of float32 or float64");
   const double value =
       factor_type == DType::kFloat64 ? *static_cast<const double*>(factor) : *static_cast<const float*>(factor);
   if (value == 1) return;

@@ -11,6 +11,7 @@
 #include "../math/focus.h"
 #include "dtype.h"
 #include "huge_pages.h"
+#include "in_place.h"
 #include "parallel.h"
 #include "prefetch.h"
 
@@ -59,11 +60,6 @@ MLFAST_SIMD int64_t count_known(const T* __restrict y, int64_t n) {
   int32_t known = 0;
   for (int64_t i = 0; i < n; ++i) known += y[i] < T(0) ? 0 : 1;
   return known;
-}
-
-template <typename T>
-MLFAST_SIMD void multiply(T* __restrict x, const T* __restrict by, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] *= by[i];
 }
 
 // Sixteen running sums, so that the order of additions is the same for every instruction set.

@@ -13,6 +13,7 @@
 #include "attention_weights.h"
 #include "graph_attention_sums.h"
 #include "huge_pages.h"
+#include "in_place.h"
 #include "parallel.h"
 
 namespace mlfast::cpu {
@@ -53,11 +54,6 @@ MLFAST_SIMD void keep_factors(Keep<T> keep, int64_t node, const int32_t* __restr
     const auto other = static_cast<uint32_t>(indices[e]);
     factors[e] = keep.factor(of_head, kNodeIsRow ? own : other, kNodeIsRow ? other : own);
   }
-}
-
-template <typename T>
-MLFAST_SIMD void multiply(T* __restrict x, const T* __restrict y, int64_t n) {
-  for (int64_t e = 0; e < n; ++e) x[e] *= y[e];
 }
 
 // What a thread needs of its own, as long as the longest row it has met.

@@ -129,8 +129,8 @@ void merge_all(const CompleteAttention& size, const CompleteAttentionForward& te
   const std::unique_ptr<Entry[]> entries(new Entry[size.heads * 2 * items]);
   const std::unique_ptr<double[]> scores(new double[size.heads * items]);
   with_float_type(size.score_type, [&](auto* type) {
-    const auto *src = static_cast<decltype(type)>(const_cast<void*>(tensors.score_src)),
-               *dst = static_cast<decltype(type)>(const_cast<void*>(tensors.score_dst));
+    using Type = std::remove_pointer_t<decltype(type)>;
+    const auto *src = static_cast<const Type*>(tensors.score_src), *dst = static_cast<const Type*>(tensors.score_dst);
     for_each_flushing(size.heads, size.heads * items / kSweptPerLoss, [&](int64_t head) {
       double* score = scores.get() + head * items;
       for (int64_t i = 0; i < size.nodes; ++i) {

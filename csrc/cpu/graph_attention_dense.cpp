@@ -10,6 +10,7 @@
 
 #include "attention_weights.h"
 #include "graph_attention.h"
+#include "in_place.h"
 #include "parallel.h"
 
 namespace mlfast::cpu {
@@ -110,11 +111,6 @@ MLFAST_SIMD void scale(T* __restrict x, T factor, int64_t n) {
 template <typename T>
 MLFAST_SIMD void drop(Keep<T> keep, uint32_t head, uint32_t row, T* __restrict x, int64_t n) {
   for (int64_t j = 0; j < n; ++j) x[j] *= keep.factor(head, row, static_cast<uint32_t>(j));
-}
-
-template <typename T>
-MLFAST_SIMD void add(const T* __restrict x, T* __restrict to, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) to[j] += x[j];
 }
 
 // The scores of one head, and their exponentials where these serve.

@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "huge_pages.h"
+#include "in_place.h"
 #include "parallel.h"
 
 namespace mlfast::cpu {
@@ -44,11 +45,6 @@ MLFAST_SIMD void add_node(const T* __restrict value, const T* __restrict src, co
     grad_src[f] += grad_scores.src * value[f];
     grad_dst[f] += grad_scores.dst * value[f];
   }
-}
-
-template <typename T>
-MLFAST_SIMD void add(const T* __restrict x, T* __restrict to, int64_t n) {
-  for (int64_t f = 0; f < n; ++f) to[f] += x[f];
 }
 
 // Calls body(chunk, first node, behind the last node) for every chunk.

@@ -258,8 +258,10 @@ void for_groups(const GroupLinearSizes& sizes, const Tensors& tensors) {
   const int threads = threads_for_groups(sizes);
   std::vector<std::unique_ptr<Pass>> passes;
   for (int i = 0; i < threads; ++i) passes.push_back(std::make_unique<Pass>(sizes, tensors));
+  FirstError error;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t l = 0; l < sizes.groups; ++l) passes[static_cast<size_t>(this_thread())]->group(l);
+  for (int64_t l = 0; l < sizes.groups; ++l) error.guard([&] { passes[static_cast<size_t>(this_thread())]->group(l); });
+  error.rethrow();
 }
 
 }  // namespace

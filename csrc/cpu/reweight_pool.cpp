@@ -24,8 +24,6 @@ using Position = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
 constexpr int64_t kChannelTile = 2048;
 // Positions that are added in the computing type; their sums are added in double.
 constexpr int64_t kPositionTile = 2048;
-// A read costs far less than an element of a loss, for which threads_for was made.
-constexpr int64_t kReadsPerLoss = 4;
 
 // What a row of positions comes to. Like Tensor.max, a NaN is above every number, and the first maximum counts.
 template <typename T>
@@ -103,11 +101,11 @@ struct ChannelTile {
   alignas(64) Position<T> argmax[kChannelTile];
   alignas(64) double total[kChannelTile];
 
-  ChannelTile() {
-    std::fill_n(sum, kChannelTile, T(0));
-    std::fill_n(peak, kChannelTile, -std::numeric_limits<T>::infinity());
-    std::fill_n(argmax, kChannelTile, Position<T>(0));
-    std::fill_n(total, kChannelTile, 0.0);
+  explicit ChannelTile(int64_t n) {
+    std::fill_n(sum, n, T(0));
+    std::fill_n(peak, n, -std::numeric_limits<T>::infinity());
+    std::fill_n(argmax, n, Position<T>(0));
+    std::fill_n(total, n, 0.0);
   }
 };
 
@@ -188,7 +186,7 @@ struct Forward {
   void channel_tile(int64_t image, int64_t first) const {
     const int64_t n = std::min(kChannelTile, map.channels - first);
     const From* f = features + image * map.positions * map.channels + first;
-    ChannelTile<T> tile;
+    ChannelTile<T> tile(n);
     pool_channels<T>(f, map.channels, weight + first, map.positions, n, tile);
     for (int64_t c = 0; c < n; ++c) {
       Pooled<T> pooled{tile.total[c], tile.peak[c], tile.argmax[c]};
@@ -254,7 +252,8 @@ struct Backward {
   // The gradient by the weights of a tile of channels: over the batch, in its order.
   void weight_tile(int64_t first) const {
     const int64_t n = std::min(kChannelTile, map.channels - first);
-    double total[kChannelTile] = {};
+    double total[kChannelTile];
+    std::fill_n(total, n, 0.0);
     for (int64_t image = 0; image < map.batch; ++image) {
       const int64_t at = image * map.channels + first;
       for (int64_t c = 0; c < n; ++c)

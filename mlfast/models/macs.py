@@ -121,15 +121,14 @@ def count(
         parameters += _parameters(create_branch(graph, labels, channels, graph_args or {}))
     if head in LABEL_HEADS:  # not on the meta device, where no graph can be built
         parameters += _parameters(build(cosine=True))
-        last: nn.Module = FixedClassifiers(torch.empty(num_classes, channels, device="meta"), cosine=False)
+        last: nn.Module = FixedClassifiers(torch.empty(num_classes, channels, device="meta"), cosine=True)
     else:
         with torch.device("meta"):
-            parameters += _parameters(build(cosine=True))
-            # Logits have the same products as cosines, which turn autocast off; that does not know the meta device.
-            last = build(cosine=False).eval().requires_grad_(False)
+            last = build(cosine=True)
+        parameters += _parameters(last)
     if head == "gap":
         features = features.mean((2, 3)) if is_map else features
-    return Cost(parameters, body.macs + _macs(last, features))
+    return Cost(parameters, body.macs + _macs(last.eval().requires_grad_(False), features))
 
 
 @lru_cache(maxsize=32)

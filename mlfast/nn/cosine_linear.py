@@ -48,7 +48,7 @@ class CosineLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features ``[..., D]`` to cosines ``[..., K]``."""
-        if x.shape[-1] != self.in_features:
+        if isinstance(x, Tensor) and x.shape[-1:] != (self.in_features,):
             raise ValueError(f"CosineLinear expects [..., {self.in_features}], got {list(x.shape)}")
         return cosine_linear(x, self.weight)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlfast.integers import sizes
+from mlfast.ops._autocast import without_autocast
 
 _TEMPERATURES = {
     1: (1.0,),
@@ -98,7 +99,7 @@ class CSRA(nn.Module):
         if not self.cosine:
             return F.linear(x, self.weight)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(device_type=x.device.type, enabled=False):  # as in CosineLinear
+        with without_autocast(x.device.type):  # as in CosineLinear
             return F.linear(F.normalize(x.to(dtype), dim=2), F.normalize(self.weight.to(dtype), dim=1))
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from mlfast.graph import Graph
 from mlfast.integers import sizes
+from mlfast.ops._autocast import without_autocast
 from mlfast.ops._dtypes import computing_dtype
 from mlfast.ops._graph_attention_scores import has_kernel, value_and_scores
 from mlfast.ops.graph_attention import graph_attention
@@ -96,7 +97,7 @@ class GraphAttention(nn.Module):
     def scores(self, x: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The scores ``[K, H]`` of nodes as neighbours, and of nodes that attend."""
         dtype = computing_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             attention = torch.cat([self.att_src, self.att_dst]).to(dtype)  # [2, H, F]
             if x.shape[0] <= self.in_features:
                 src, dst = torch.einsum("khf,shf->skh", value.to(dtype), attention)

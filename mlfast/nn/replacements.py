@@ -18,6 +18,7 @@ from mlfast.nn.losses import AsymmetricLoss
 from mlfast.nn.ml_decoder import MLDecoder
 from mlfast.nn.ml_decoder_names import translate
 from mlfast.ops.group_linear import group_linear
+from mlfast.sparse_targets import SparseTargets
 
 _LARGEST_EPS = 1e-7  # a clamp of probabilities here changes the loss of logits beyond 16 only
 
@@ -52,20 +53,36 @@ def asymmetric_loss(loss: Any) -> tuple[nn.Module, str]:
         class_weight=_class_weight(loss),
     )
     _require_same_outputs(loss, new, *_labelled_logits(new))
-    return new, f"equal where probabilities are above eps={loss.eps}; a target below 0 now means unknown"
+    return (
+        new,
+        f"equal where probabilities are above eps={loss.eps}; a target below 0 now means unknown; call it by position",
+    )
 
 
 def bce_with_logits(loss: Any) -> tuple[nn.Module, str]:
     """PyTorch's binary cross-entropy."""
     require(loss.pos_weight is None, "pos_weight is not among the options of mlfast.AsymmetricLoss")
-    new = AsymmetricLoss(0.0, 0.0, 0.0, reduction=loss.reduction, class_weight=_class_weight(loss))
+    new = BinaryCrossEntropy(0.0, 0.0, 0.0, reduction=loss.reduction, class_weight=_class_weight(loss))
     _require_same_outputs(loss, new, *_labelled_logits(new))
-    return new, "equal for targets in [0, 1]; a target below 0 now means unknown; float32 for half precision"
+    renamed = "" if new.class_weight is None else "; in a state dict its weight is class_weight"
+    return new, (
+        "equal for targets in [0, 1]; a target below 0 now means unknown, and none can require grad; float32 for half "
+        f"precision{renamed}"
+    )
+
+
+class BinaryCrossEntropy(AsymmetricLoss):
+    """`mlfast.AsymmetricLoss` with the call of ``nn.BCEWithLogitsLoss``, whose arguments have names of their own."""
+
+    def forward(self, input: Tensor, target: Tensor | SparseTargets) -> Tensor:
+        """The loss of logits."""
+        return super().forward(input, target)
 
 
 def _class_weight(loss: Any) -> Tensor | None:
     weight = getattr(loss, "weight", None)
     require(weight is None or weight.dim() == 1, "weight is not one number per class")
+    require(weight is None or len(weight) != 1, "weight is one number for all classes; multiply the loss by it")
     return weight
 
 
@@ -226,6 +243,7 @@ def _adopt(new: nn.Module, tensors: dict[str, tuple[Tensor, Tensor]]) -> None:
 
 def _require_same_outputs(old: nn.Module, new: nn.Module, x: Tensor, *rest: Tensor) -> None:
     """Leave a module whose output, or gradient for x, is another in evaluation mode."""
+    require(x.device.type != "meta", "it cannot be tried on the meta device")
     results = []
     was_training = old.training
     try:

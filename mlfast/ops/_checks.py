@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +18,33 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 REDUCTIONS = ("sum", "mean", "batchmean", "none")
 
 
-def check_number(op: str, name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> None:
-    """Raises TypeError for what is not a number, ValueError for one that is not finite or not as expected."""
-    if not isinstance(value, (float, int)):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__} {value!r}")
-    if not (-math.inf < value < math.inf and holds(value)):
+def check_number(op: str, name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> float:
+    """A number of Python or NumPy as a float.
+
+    Raises TypeError for what is none, ValueError for one that is not finite or not as expected.
+    """
+    if not isinstance(value, (float, int, numbers.Real)):
+        remedy = f"; pass {name}.item()" if isinstance(value, Tensor) and value.numel() == 1 else ""
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__} {value!r}{remedy}")
+    if not (-math.inf < value < math.inf and holds(value)):  # type: ignore[arg-type, operator]
         raise ValueError(f"{op}: {name} must be {expected}, got {value}")
+    return float(value)
+
+
+def remembered(check: Callable[..., Any]) -> Callable[..., Any]:
+    """A check of options that takes place once; compilers see it every time, and so does what cannot be hashed."""
+    cached = functools.lru_cache(maxsize=256, typed=True)(check)
+
+    @functools.wraps(check)
+    def checked(*options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return check(*options)
+        try:
+            return cached(*options)
+        except TypeError:
+            return check(*options)
+
+    return checked
 
 
 def check_float_tensor(op: str, name: str, tensor: Any) -> None:
@@ -32,6 +55,8 @@ def check_float_tensor(op: str, name: str, tensor: Any) -> None:
         raise TypeError(
             f"{op}: {name} must be bfloat16, half, float32 or float64, got {tensor.dtype}; pass {name}.float()"
         )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {tensor.layout}; pass {name}.to_dense()")
 
 
 def check_device(op: str, name: str, placed: Any, other_name: str, other: Tensor) -> None:
@@ -89,8 +114,7 @@ def _check_class_weight(op: str, name: str, scores: Tensor, class_weight: Any) -
         raise ValueError(
             f"{op}: class_weight must have one value per class, [{scores.shape[-1]}], got {list(class_weight.shape)}"
         )
-    if not class_weight.is_floating_point():
-        raise TypeError(f"{op}: class_weight must be floating point, got {class_weight.dtype}")
+    check_float_tensor(op, "class_weight", class_weight)
     check_device(op, "class_weight", class_weight, name, scores)
     if class_weight.requires_grad:
         raise ValueError(f"{op}: class_weight must not require grad, there is no gradient by it; detach it")

@@ -10,8 +10,28 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def needs_dispatcher(*tensors: Tensor | None) -> bool:
-    """Whether a compiler or a subclass of Tensor must see the op. Others are spared what that costs."""
-    return torch.compiler.is_compiling() or not are_plain(*tensors)
+    """Whether a compiler, a dispatch mode or a subclass of Tensor must see the op. Others are spared what that costs.
+
+    Raises:
+        RuntimeError: one of torch.func's transforms asks for the op, which has no rule for it.
+        NotImplementedError: the dispatcher would have a derivative in forward mode that is silently 0.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "mlfast's fused ops have no rules for torch.func's transforms (vmap, grad, jvp, ...); call the op inside "
+            'mlfast.use_backend("reference")'
+        )
+    if torch._C._len_torch_dispatch_stack() == 0 and are_plain(*tensors):
+        return False
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError(
+            'mlfast\'s fused ops have no jvp, for forward mode; call the op inside mlfast.use_backend("reference")'
+        )
+    return True
 
 
 def are_plain(*tensors: Tensor | None) -> bool:
@@ -24,8 +44,3 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return True
     return forward_ad._current_level >= 0
-
-
-def address(tensor: Tensor | None) -> int:
-    """As the compiled kernels take it; 0 for what is not there, as PyTorch has it for a tensor without elements."""
-    return 0 if tensor is None else tensor.data_ptr()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mlfast.backends import _native, choose
-from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
+from mlfast.ops._dispatch import is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
+from mlfast.ops._memory import address, in_memory
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
 
 SERVED = ("cpu", "triton")  # a sort and a few reads of memory: CUDA C++ would bring nothing over Triton
@@ -43,7 +44,7 @@ def launch(
     backend: str, value: Tensor, score_src: Tensor, score_dst: Tensor, negative_slope: float
 ) -> tuple[Tensor, Merged]:
     """The attended values, and what backward needs besides ``value``."""
-    value, score_src, score_dst = (t.contiguous().resolve_neg() for t in (value, score_src, score_dst))
+    value, score_src, score_dst = (in_memory(t) for t in (value, score_src, score_dst))
     out, merged = torch.empty_like(value), new_merged(value)
     if out.numel() > 0:
         LAUNCH[backend](negative_slope, value, score_src, score_dst, out, *merged)
@@ -60,7 +61,7 @@ def launch_backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """The gradients by value, score_src and score_dst, those that are needed."""
-    grad_out, value = (t.contiguous().resolve_neg() for t in (grad_out, value))
+    grad_out, value = (in_memory(t) for t in (grad_out, value))
     shapes = (value.shape, value.dtype), (value.shape[:2], score_dtype), (value.shape[:2], score_dtype)
     grads = [
         value.new_empty(shape, dtype=dtype) if need else None

@@ -14,9 +14,11 @@ from torch import Tensor
 from mlfast.backends import _native, choose
 from mlfast.graph import dense_from
 from mlfast.ops import _graph_attention_sparse as sparse
-from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
+from mlfast.ops._dispatch import is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
+from mlfast.ops._memory import address, in_memory
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
+from mlfast.ops._triton import triton_kernel
 
 BLOCK = 2**21  # attention weights that exist at a time: in float32 8 MB, and backward as much again
 
@@ -44,19 +46,18 @@ def launch(
 
     Products with ``out=`` stay in the computing type under autocast.
     """
-    if edges := few_edges(backend, mask):
-        return sparse.launch(backend, value, score_src, score_dst, edges, (negative_slope, dropout), seed)[0], None
     nodes, heads, features = value.shape
     dtype = computing_dtype(value.dtype)
     by_head, src, dst = (by_heads(t, dtype) for t in (value, score_src, score_dst))
     mask = None if mask is None else mask.contiguous()
-    out, weights, rows = src.new_empty(heads, nodes, features), None, slice(0)
-    for rows in row_blocks(nodes, heads) if value.numel() > 0 else ():
+    out, weights = src.new_empty(heads, nodes, features), None
+    blocks = list(row_blocks(nodes, heads)) if value.numel() > 0 else []
+    for rows in blocks:
         weights = src.new_empty(heads, rows.stop - rows.start, nodes)
         WEIGHTS[backend](src, dst, (negative_slope, dropout), seed, rows.start, mask, weights)
         torch.bmm(weights, by_head, out=out[:, rows])
-    kept = weights if rows.start == 0 and seed is None else None  # dropout is in them
-    return by_nodes(out, value), kept
+    kept = len(blocks) == 1 and seed is None  # dropout is in them
+    return by_nodes(out, value), weights if kept else None
 
 
 @torch.no_grad()  # products with out= refuse where a graph is built, as for create_graph=True
@@ -73,10 +74,6 @@ def launch_backward(
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by value and scores. ``kept``: what :func:`launch` gave; other weights are computed anew."""
-    if kept is None and (edges := few_edges(backend, mask)):
-        scores, options = (value, score_src, score_dst), (edges, (negative_slope, dropout), seed)
-        statistics = sparse.launch(backend, *scores, *options, only_statistics=True)[1]
-        return sparse.launch_backward(backend, grad_out, *scores, statistics, *options)
     nodes, heads, features = value.shape
     dtype, numbers = computing_dtype(value.dtype), (negative_slope, dropout)
     by_head, src, dst = (by_heads(t, dtype) for t in (value, score_src, score_dst))
@@ -114,7 +111,7 @@ def few_edges(backend: str, mask: Tensor | None) -> sparse.Edges | None:
 
 def by_heads(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """[K, H, ...] as the kernels and the products take it: [H, K, ...] in the computing type."""
-    return tensor.transpose(0, 1).to(dtype).contiguous().resolve_neg()
+    return in_memory(tensor.transpose(0, 1).to(dtype))
 
 
 def by_nodes(tensor: Tensor, like: Tensor) -> Tensor:
@@ -153,20 +150,8 @@ def _backward_cpu(
     _native.graph_attention_dense_backward_cpu(*arguments, weights.data_ptr(), *map(address, grads))
 
 
-def _weights_triton(*arguments: Any) -> None:
-    from mlfast.kernels.graph_attention_dense import dense_weights
-
-    dense_weights(*arguments)
-
-
-def _backward_triton(*arguments: Any) -> None:
-    from mlfast.kernels.graph_attention_dense import dense_backward
-
-    dense_backward(*arguments)
-
-
-WEIGHTS = {"cpu": _weights_cpu, "triton": _weights_triton}
-BACKWARD = {"cpu": _backward_cpu, "triton": _backward_triton}
+WEIGHTS = {"cpu": _weights_cpu, "triton": triton_kernel("graph_attention_dense", "dense_weights")}
+BACKWARD = {"cpu": _backward_cpu, "triton": triton_kernel("graph_attention_dense", "dense_backward")}
 
 
 # ------------------------------------------------------------------------------------------------ autograd.Function
@@ -217,7 +202,11 @@ torch.library.define(
 
 @torch.library.impl("mlfast::graph_attention_dense", ["CPU", "CUDA"])
 def _run(value: Tensor, *rest: Any) -> Tensor:
-    return launch(choose(value.device, sparse.SERVED), value, *rest)[0]
+    backend = choose(value.device, sparse.SERVED)
+    score_src, score_dst, mask, negative_slope, dropout, seed = rest
+    if edges := few_edges(backend, mask):
+        return sparse.launch(backend, value, score_src, score_dst, edges, (negative_slope, dropout), seed)[0]
+    return launch(backend, value, *rest)[0]
 
 
 @torch.library.register_fake("mlfast::graph_attention_dense")
@@ -227,7 +216,13 @@ def _fake(value: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.impl("mlfast::graph_attention_dense_backward", ["CPU", "CUDA"])
 def _run_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_backward(choose(grad_out.device, sparse.SERVED), grad_out, *rest)
+    backend = choose(grad_out.device, sparse.SERVED)
+    value, score_src, score_dst, mask, negative_slope, dropout, seed = rest
+    if edges := few_edges(backend, mask):
+        scores, options = (value, score_src, score_dst), (edges, (negative_slope, dropout), seed)
+        statistics = sparse.launch(backend, *scores, *options, only_statistics=True)[1]
+        return sparse.launch_backward(backend, grad_out, *scores, statistics, *options)
+    return launch_backward(backend, grad_out, *rest)
 
 
 @torch.library.register_fake("mlfast::graph_attention_dense_backward")
@@ -267,6 +262,8 @@ def dense_attention(
     arguments = value, score_src, score_dst, mask, negative_slope, dropout, seed
     if needs_dispatcher(value, score_src, score_dst, mask):
         return torch.ops.mlfast.graph_attention_dense(*arguments)
+    if edges := few_edges(backend, mask):
+        return sparse.attend(backend, value, score_src, score_dst, edges, (negative_slope, dropout), seed)
     if is_recorded(value, score_src, score_dst):
         return DenseAttentionFunction.apply(*arguments, backend)
     return launch(backend, *arguments)[0]

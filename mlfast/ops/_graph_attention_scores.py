@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mlfast.backends import _native, choose, is_exporting
-from mlfast.ops._dispatch import address, needs_dispatcher
+from mlfast.ops._dispatch import needs_dispatcher
 from mlfast.ops._dtypes import CODES
 from mlfast.ops._graph_attention_sparse import SERVED
+from mlfast.ops._memory import address, in_memory
 from mlfast.ops._second_derivative import without_second_derivative
 
 
@@ -21,7 +22,8 @@ def has_kernel(value: Tensor, attention_src: Tensor, attention_dst: Tensor) -> b
         not (is_exporting() or needs_dispatcher(*tensors))
         and choose(value.device, SERVED) == "cpu"
         and value.dtype in (torch.float32, torch.float64)
-        and all(t.dtype == value.dtype for t in tensors)
+        and all(t.dtype == value.dtype and t.device == value.device for t in tensors)
+        and attention_src.shape == attention_dst.shape == (1, *value.shape[1:])
     )
 
 
@@ -40,7 +42,7 @@ class ValueAndScoresFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, attention_src: Tensor, attention_dst: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Value [K, H, F] and two vectors [1, H, F] to the value and two scores [K, H]."""
-        tensors = [t.contiguous().resolve_neg() for t in (value, attention_src, attention_dst)]
+        tensors = [in_memory(t) for t in (value, attention_src, attention_dst)]
         scores = value.new_zeros(2, *value.shape[:2])
         if value.numel() > 0:
             addresses = map(address, (*tensors, *scores))
@@ -53,7 +55,7 @@ class ValueAndScoresFunction(torch.autograd.Function):
         """The gradients by the value and the vectors."""
         saved = ctx.saved_tensors  # read once: checkpoints unpack them once only
         value = saved[0]
-        grad_outs = tuple(grad.contiguous().resolve_neg() for grad in grad_outs)
+        grad_outs = tuple(in_memory(grad) for grad in grad_outs)
         grads = tuple(torch.empty_like(t) for t in saved)
         if value.numel() > 0:
             addresses = map(address, (*saved, *grad_outs, *grads))

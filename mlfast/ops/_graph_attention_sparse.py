@@ -9,9 +9,11 @@ from torch import Tensor
 
 from mlfast.backends import _native, choose
 from mlfast.graph import Graph
-from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
+from mlfast.ops._dispatch import is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
+from mlfast.ops._memory import address, in_memory
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
+from mlfast.ops._triton import triton_kernel
 
 SERVED = ("cpu", "triton")  # docs/graph_attention.md says why there is no CUDA C++
 Numbers = tuple[float, float]  # negative slope, dropout
@@ -35,7 +37,7 @@ def launch(
 
     With ``only_statistics``, which the CPU has, the result is empty.
     """
-    value = value.contiguous().resolve_neg()
+    value = in_memory(value)
     scores = computing_score(score_src, value), computing_score(score_dst, value)
     out = value.new_empty(0) if only_statistics else torch.empty_like(value)
     statistics = value.new_empty(2, *value.shape[:2], dtype=computing_dtype(value.dtype))
@@ -56,7 +58,7 @@ def launch_backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by value and scores: one comes with the others, so all are computed whichever is needed."""
-    value, grad_out = value.contiguous().resolve_neg(), grad_out.contiguous().resolve_neg()
+    value, grad_out = in_memory(value), in_memory(grad_out)
     scores = computing_score(score_src, value), computing_score(score_dst, value)
     grad_value = torch.empty_like(value)
     grad_src, grad_dst = (torch.empty_like(score) for score in scores)
@@ -71,7 +73,7 @@ def launch_backward(
 
 def computing_score(score: Tensor, value: Tensor) -> Tensor:
     """A score as the kernels for ``value`` take it."""
-    return score.to(computing_dtype(value.dtype)).contiguous().resolve_neg()
+    return in_memory(score.to(computing_dtype(value.dtype)))
 
 
 def _arguments(value: Tensor, score_src: Tensor, score_dst: Tensor, numbers: Numbers, seed: Tensor | None) -> tuple:
@@ -104,20 +106,8 @@ def _launch_backward_cpu(
     _native.graph_attention_backward_cpu(*arguments, *map(address, (*edges, value, *tensors)))
 
 
-def _launch_triton(*arguments: Any) -> None:
-    from mlfast.kernels.graph_attention import graph_attention as kernel
-
-    kernel(*arguments)
-
-
-def _launch_backward_triton(*arguments: Any) -> None:
-    from mlfast.kernels.graph_attention import graph_attention_backward as kernel
-
-    kernel(*arguments)
-
-
-LAUNCH = {"cpu": _launch_cpu, "triton": _launch_triton}
-LAUNCH_BACKWARD = {"cpu": _launch_backward_cpu, "triton": _launch_backward_triton}
+LAUNCH = {"cpu": _launch_cpu, "triton": triton_kernel("graph_attention", "graph_attention")}
+LAUNCH_BACKWARD = {"cpu": _launch_backward_cpu, "triton": triton_kernel("graph_attention", "graph_attention_backward")}
 
 
 # ------------------------------------------------------------------------------------------------ autograd.Function
@@ -227,7 +217,19 @@ def sparse_attention(
     edges = graph.indptr, graph.indices, graph.indptr_t, graph.indices_t, graph.edges_t
     if needs_dispatcher(value, score_src, score_dst):
         return torch.ops.mlfast.graph_attention(value, score_src, score_dst, *edges, negative_slope, dropout, seed)[0]
-    numbers = negative_slope, dropout
+    return attend(backend, value, score_src, score_dst, edges, (negative_slope, dropout), seed)
+
+
+def attend(
+    backend: str,
+    value: Tensor,
+    score_src: Tensor,
+    score_dst: Tensor,
+    edges: Edges,
+    numbers: Numbers,
+    seed: Tensor | None,
+) -> Tensor:
+    """:func:`sparse_attention` where neither a compiler nor a subclass needs to see it."""
     if is_recorded(value, score_src, score_dst):
         return SparseAttentionFunction.apply(value, score_src, score_dst, edges, numbers, seed, backend)
     return launch(backend, value, score_src, score_dst, edges, numbers, seed)[0]

@@ -6,14 +6,13 @@ Its launches, its autograd.Function and its op for torch.compile are those of ev
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlfast.ops._checks import check_number, check_reduction, check_tensors
+from mlfast.ops._checks import check_number, check_reduction, check_tensors, remembered
 from mlfast.ops._dtypes import computing_dtype
 from mlfast.ops.elementwise_loss import ElementwiseLoss, labels, register, weigh_and_reduce
 from mlfast.sparse_targets import SparseTargets
@@ -143,13 +142,12 @@ def aam_loss(
         TypeError, ValueError: an argument is not as above.
         mlfast.backends.BackendError: the backend that was asked for cannot serve this device.
     """
-    check = check_options.__wrapped__ if torch.compiler.is_compiling() else check_options
-    options = check(scale, margin, k, gamma_neg, gamma_pos, prob_shift, label_smoothing, reduction)
+    options = check_options(scale, margin, k, gamma_neg, gamma_pos, prob_shift, label_smoothing, reduction)
     check_tensors("aam_loss", "cos", cos, target, class_weight)
     return LOSS(cos, target, class_weight, options)
 
 
-@functools.lru_cache(maxsize=256, typed=True)
+@remembered
 def check_options(
     scale: float,
     margin: float,
@@ -161,12 +159,12 @@ def check_options(
     reduction: str,
 ) -> Options:
     """The numbers of a loss, checked once and remembered."""
-    check_number("aam_loss", "scale", scale, "> 0", lambda x: x > 0)
-    check_number("aam_loss", "margin", margin, "in [-1, 1], a difference of cosines", lambda x: -1 <= x <= 1)
-    check_number("aam_loss", "k", k, "in [0, 1]", lambda x: 0 <= x <= 1)
-    check_number("aam_loss", "gamma_neg", gamma_neg, ">= 0", lambda x: x >= 0)
-    check_number("aam_loss", "gamma_pos", gamma_pos, ">= 0", lambda x: x >= 0)
-    check_number("aam_loss", "prob_shift", prob_shift, "in [0, 1)", lambda x: 0 <= x < 1)
-    check_number("aam_loss", "label_smoothing", label_smoothing, "in [0, 1)", lambda x: 0 <= x < 1)
+    scale = check_number("aam_loss", "scale", scale, "> 0", lambda x: x > 0)
+    margin = check_number("aam_loss", "margin", margin, "in [-1, 1], a difference of cosines", lambda x: -1 <= x <= 1)
+    k = check_number("aam_loss", "k", k, "in [0, 1]", lambda x: 0 <= x <= 1)
+    gamma_neg = check_number("aam_loss", "gamma_neg", gamma_neg, ">= 0", lambda x: x >= 0)
+    gamma_pos = check_number("aam_loss", "gamma_pos", gamma_pos, ">= 0", lambda x: x >= 0)
+    prob_shift = check_number("aam_loss", "prob_shift", prob_shift, "in [0, 1)", lambda x: 0 <= x < 1)
+    label_smoothing = check_number("aam_loss", "label_smoothing", label_smoothing, "in [0, 1)", lambda x: 0 <= x < 1)
     check_reduction("aam_loss", reduction)
     return Options(scale, margin, k, gamma_neg, gamma_pos, prob_shift, label_smoothing, reduction)

@@ -6,14 +6,13 @@ Its launches, its autograd.Function and its op for torch.compile are those of ev
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlfast.ops._checks import check_number, check_reduction, check_tensors
+from mlfast.ops._checks import check_number, check_reduction, check_tensors, remembered
 from mlfast.ops._dtypes import computing_dtype
 from mlfast.ops.elementwise_loss import ElementwiseLoss, labels, register, weigh_and_reduce
 from mlfast.sparse_targets import SparseTargets
@@ -129,20 +128,21 @@ def asymmetric_loss(
         TypeError, ValueError: an argument is not as above.
         mlfast.backends.BackendError: the backend that was asked for cannot serve this device.
     """
-    check = check_options.__wrapped__ if torch.compiler.is_compiling() else check_options
-    options = check(gamma_neg, gamma_pos, clip, label_smoothing, detach_focus, reduction)
+    options = check_options(gamma_neg, gamma_pos, clip, label_smoothing, detach_focus, reduction)
     check_tensors("asymmetric_loss", "logits", logits, target, class_weight)
     return LOSS(logits, target, class_weight, options)
 
 
-@functools.lru_cache(maxsize=256, typed=True)
+@remembered
 def check_options(
     gamma_neg: float, gamma_pos: float, clip: float, label_smoothing: float, detach_focus: bool, reduction: str
 ) -> Options:
     """The numbers of a loss, checked once and remembered."""
-    check_number("asymmetric_loss", "gamma_neg", gamma_neg, ">= 0", lambda x: x >= 0)
-    check_number("asymmetric_loss", "gamma_pos", gamma_pos, ">= 0", lambda x: x >= 0)
-    check_number("asymmetric_loss", "clip", clip, "in [0, 1)", lambda x: 0 <= x < 1)
-    check_number("asymmetric_loss", "label_smoothing", label_smoothing, "in [0, 1)", lambda x: 0 <= x < 1)
+    gamma_neg = check_number("asymmetric_loss", "gamma_neg", gamma_neg, ">= 0", lambda x: x >= 0)
+    gamma_pos = check_number("asymmetric_loss", "gamma_pos", gamma_pos, ">= 0", lambda x: x >= 0)
+    clip = check_number("asymmetric_loss", "clip", clip, "in [0, 1)", lambda x: 0 <= x < 1)
+    label_smoothing = check_number(
+        "asymmetric_loss", "label_smoothing", label_smoothing, "in [0, 1)", lambda x: 0 <= x < 1
+    )
     check_reduction("asymmetric_loss", reduction)
     return Options(gamma_neg, gamma_pos, clip, label_smoothing, bool(detach_focus), reduction)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlfast.backends import _native, choose, is_exporting
+from mlfast.ops._autocast import without_autocast
 from mlfast.ops._checks import check_device, check_float_tensor
 from mlfast.ops._dispatch import is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
+from mlfast.ops._memory import in_memory
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
+from mlfast.ops._triton import triton_kernel
 
 SERVED = ("cpu", "triton")  # the products are the vendor's; memory bounds the rest, so CUDA C++ would bring nothing
 
@@ -25,7 +27,7 @@ SERVED = ("cpu", "triton")  # the products are the vendor's; memory bounds the r
 def reference(x: Tensor, weight: Tensor) -> Tensor:
     """The op in plain PyTorch: the definition, the fallback for every device, in float64 the truth of the tests."""
     dtype = computing_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return F.linear(F.normalize(x.to(dtype), dim=-1), F.normalize(weight.to(dtype), dim=-1))
 
 
@@ -56,7 +58,7 @@ def launch_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients by x and weight, those that are needed."""
     features, weights = _vectors(x, x.dtype), _vectors(weight, x.dtype)
-    grad_cos = grad_cos.reshape(len(features), len(weights)).contiguous().resolve_neg()
+    grad_cos = in_memory(grad_cos.reshape(len(features), len(weights)))
     scaled = torch.empty_like(grad_cos)
     _scale(backend, grad_cos, inverse_x, inverse_w, scaled)
     grad_x = torch.mm(scaled, weights, out=_fresh(backend, features)) if needs[0] else None
@@ -71,7 +73,7 @@ def launch_backward(
 
 def _vectors(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., D] as the kernels for features of ``dtype`` take it: [rows, D]."""
-    return tensor.reshape(-1, tensor.shape[-1]).to(computing_dtype(dtype)).contiguous().resolve_neg()
+    return in_memory(tensor.reshape(-1, tensor.shape[-1]).to(computing_dtype(dtype)))
 
 
 def _fresh(backend: str, like: Tensor) -> Tensor:
@@ -113,27 +115,9 @@ def _project_cpu(
             _native.cosine_linear_project_cpu(grad.data_ptr(), CODES[grad.dtype], *grad.shape, *addresses)
 
 
-def _inverse_norms_triton(*tensors: Tensor) -> None:
-    from mlfast.kernels.cosine_linear import inverse_norms as kernel
-
-    kernel(*tensors)
-
-
-def _scale_triton(*tensors: Tensor) -> None:
-    from mlfast.kernels.cosine_linear import scale as kernel
-
-    kernel(*tensors)
-
-
-def _project_triton(*tensors: Tensor | None) -> None:
-    from mlfast.kernels.cosine_linear import project as kernel
-
-    kernel(*tensors)
-
-
-INVERSE_NORMS: dict[str, Callable[..., None]] = {"cpu": _inverse_norms_cpu, "triton": _inverse_norms_triton}
-SCALE: dict[str, Callable[..., None]] = {"cpu": _scale_cpu, "triton": _scale_triton}
-PROJECT: dict[str, Callable[..., None]] = {"cpu": _project_cpu, "triton": _project_triton}
+INVERSE_NORMS = {"cpu": _inverse_norms_cpu, "triton": triton_kernel("cosine_linear", "inverse_norms")}
+SCALE = {"cpu": _scale_cpu, "triton": triton_kernel("cosine_linear", "scale")}
+PROJECT = {"cpu": _project_cpu, "triton": triton_kernel("cosine_linear", "project")}
 
 
 # ------------------------------------------------------------------------------------------------ autograd.Function

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from mlfast.backends import _native, choose, is_exporting
-from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
+from mlfast.ops._dispatch import is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
+from mlfast.ops._memory import address, evaluated, in_memory
 from mlfast.ops._second_derivative import without_second_derivative
 from mlfast.ops._workspace import new_workspace, workspace_for
 from mlfast.sparse_targets import SparseTargets
@@ -120,13 +121,13 @@ def launch(
 
     The gradient still lacks that factor and the incoming gradient; :func:`finish_grad` applies both.
     """
-    scores, target = scores.contiguous().resolve_neg(), target.contiguous().resolve_neg()
+    scores, target = in_memory(scores), in_memory(target)
     dtype = computing_dtype(scores.dtype)
     loss = scores.new_empty(scores.shape if options.reduction == "none" else (), dtype=dtype)
     grad = torch.empty_like(scores) if needs_grad else None
     inv_known = scores.new_empty((), dtype=dtype) if options.reduction == "mean" else None
     if class_weight is not None:
-        class_weight = class_weight.to(dtype).contiguous().resolve_neg()
+        class_weight = in_memory(class_weight.to(dtype))
     if scores.numel() == 0:
         loss.zero_()
         if inv_known is not None:
@@ -187,7 +188,7 @@ def finish_grad(backend: str, grad: Tensor, grad_loss: Tensor, inv_known: Tensor
     """Applies the incoming gradient, in place: ``grad`` is a private buffer that is given away once."""
     if grad_loss.dim() > 0:
         return grad.mul_(grad_loss)
-    factor = grad_loss.resolve_neg() if inv_known is None else grad_loss * inv_known
+    factor = evaluated(grad_loss if inv_known is None else grad_loss * inv_known)
     if backend == "triton":
         from mlfast.kernels.elementwise_loss import scale_grad
 

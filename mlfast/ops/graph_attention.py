@@ -10,6 +10,7 @@ from torch.nn.functional import leaky_relu
 
 from mlfast.backends import choose, is_exporting
 from mlfast.graph import MOST_NODES, Graph
+from mlfast.ops._autocast import without_autocast
 from mlfast.ops._checks import check_device, check_float_tensor, check_number
 from mlfast.ops._dtypes import computing_dtype
 from mlfast.ops._graph_attention_complete import complete_attention
@@ -43,13 +44,14 @@ def reference(
         weights = weights.masked_fill(~mask, 0)
     if seed is not None:
         weights = weights * keep_factors(weights.shape, dropout, seed, dtype)
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value.device.type):
         return torch.bmm(weights, value.transpose(0, 1)).transpose(0, 1).to(out_dtype)
 
 
 def keep_factors(shape: torch.Size, dropout: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
     """What dropout multiplies the weights [H, K, K] by: 0, or 1 / (1 - dropout), as a function of the place alone."""
     heads, rows, columns = (torch.arange(n, device=seed.device) for n in shape)
+    seed = seed.reshape(())
     word = philox(seed, columns, rows[:, None], heads[:, None, None], torch.zeros_like(seed))
     return (word >= int(dropout * 2**32)).to(dtype) / (1 - dropout)
 
@@ -105,6 +107,7 @@ def graph_attention(
         mlfast.backends.BackendError: the backend that was asked for cannot serve; there is no CUDA C++ kernel.
     """
     check_arguments(value, score_src, score_dst, graph, negative_slope, dropout, seed)
+    negative_slope, dropout = float(negative_slope), float(dropout)  # NumPy's numbers are no arguments of operators
     if dropout == 0:
         seed = None
     elif seed is None:
@@ -164,6 +167,11 @@ def check_graph(graph: Any, value: Tensor) -> None:
     elif isinstance(graph, Tensor):
         if graph.is_complex():
             raise TypeError(f"graph_attention: graph must be bool, integer or float, got {graph.dtype}")
+        if graph.layout != torch.strided:
+            raise TypeError(
+                f"graph_attention: graph must be a dense tensor, got {graph.layout}; pass mlfast.Graph.from_edges("
+                "graph.t().to_sparse_coo().coalesce().indices(), num_nodes)"
+            )
         if graph.shape != (nodes, nodes):
             raise ValueError(
                 f"graph_attention: graph must be [K, K], {[nodes, nodes]}, got {list(graph.shape)}; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,10 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlfast.backends import _native, choose, is_exporting
+from mlfast.integers import integer
 from mlfast.ops import _group_linear_triton
+from mlfast.ops._autocast import autocast_enabled, without_autocast
 from mlfast.ops._checks import check_device, check_float_tensor
-from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
+from mlfast.ops._dispatch import is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
+from mlfast.ops._memory import address, evaluated, in_memory
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
 
 SERVED = ("cpu", "triton")  # memory bounds this op, so CUDA C++ would bring little over Triton
@@ -45,18 +47,6 @@ def output_dtype(x: Tensor, weight: Tensor, cosine: bool) -> torch.dtype:
     if dtype != torch.float64 and autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return dtype
-
-
-def autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on; the meta device, on which models are counted, knows none."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def without_autocast(device_type: str) -> Any:
-    """A context in which operations have the dtype of their arguments."""
-    if autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
 
 
 # -------------------------------------------------------------------------------------------------- kernel launches
@@ -96,8 +86,8 @@ def launch(
     if x.shape[0] > 0:
         sizes = sizes_of(x, weight, num_classes, cosine)
         computing = outputs[2].dtype
-        bias = None if bias is None else bias.to(computing).contiguous().resolve_neg()
-        LAUNCH[backend](sizes, with_contiguous_rows(x), weight.contiguous().resolve_neg(), bias, *outputs)
+        bias = None if bias is None else in_memory(bias.to(computing))
+        LAUNCH[backend](sizes, with_contiguous_rows(x), in_memory(weight), bias, *outputs)
     else:
         outputs[3].zero_()
     return outputs
@@ -120,7 +110,7 @@ def allocate(
 
 def with_contiguous_rows(x: Tensor) -> Tensor:
     """``x`` with the features of a row next to each other; rows may lie in any order."""
-    x = x.resolve_neg()
+    x = evaluated(x)
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
@@ -139,7 +129,7 @@ def launch_backward(
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
     if x.shape[0] > 0:
         sizes = sizes_of(x, weight, grad_out.shape[1], cosine)
-        inputs = grad_out.contiguous().resolve_neg(), with_contiguous_rows(x), weight.contiguous().resolve_neg()
+        inputs = in_memory(grad_out), with_contiguous_rows(x), in_memory(weight)
         LAUNCH_BACKWARD[backend](sizes, *inputs, *saved, grad_x, grad_weight)
     elif grad_weight is not None:
         grad_weight.zero_()
@@ -317,6 +307,7 @@ def group_linear(
         TypeError, ValueError: an argument is not as above.
         mlfast.backends.BackendError: the backend that was asked for cannot serve; there is no CUDA C++ kernel.
     """
+    num_classes = integer("group_linear", "num_classes", num_classes)
     check_arguments(x, weight, bias, num_classes)
     backend = "reference" if is_exporting() else choose(x.device, SERVED)
     if backend == "reference":
@@ -329,7 +320,7 @@ def group_linear(
     return launch(backend, x, weight, bias, *call)[0]
 
 
-def check_arguments(x: Any, weight: Any, bias: Any, num_classes: Any) -> None:
+def check_arguments(x: Any, weight: Any, bias: Any, num_classes: int) -> None:
     """Raises TypeError or ValueError unless these are what group_linear takes."""
     for name, tensor in (("x", x), ("weight", weight), *([] if bias is None else [("bias", bias)])):
         check_float_tensor("group_linear", name, tensor)

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from mlfast.backends import _native, choose, is_exporting
 from mlfast.ops._checks import check_device, check_float_tensor
-from mlfast.ops._dispatch import address, is_recorded, needs_dispatcher
+from mlfast.ops._dispatch import is_recorded, needs_dispatcher
 from mlfast.ops._dtypes import CODES, computing_dtype
+from mlfast.ops._memory import address, evaluated, in_memory
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
+from mlfast.ops._triton import triton_kernel
 
 SERVED = ("cpu", "triton")  # memory bounds this op, so CUDA C++ would bring nothing over Triton
 MOST_POSITIONS = 2**30  # positions are int32 in the kernels, and a tile may reach beyond the last one
@@ -47,7 +49,7 @@ def launch(backend: str, features: Tensor, weight: Tensor, needs_grad: bool) -> 
     """
     batch, channels, height, width = features.shape
     channels_last = is_channels_last(features)
-    features = features.contiguous(memory_format=memory_format(channels_last)).resolve_neg()
+    features = evaluated(features.contiguous(memory_format=memory_format(channels_last)))
     out = features.new_empty(batch, channels)
     saved = out.shape if needs_grad else (0,)
     argmax = features.new_empty(saved, dtype=torch.int32)
@@ -70,7 +72,7 @@ def launch_backward(
     """The gradients by features and weight, those that are needed. ``size`` is height, width, channels_last."""
     height, width, channels_last = size
     batch, channels = grad_out.shape
-    grad_out = grad_out.contiguous().resolve_neg()
+    grad_out = in_memory(grad_out)
     grad_features = grad_weight = None
     if needs[0]:
         shape, layout = (batch, channels, height, width), memory_format(channels_last)
@@ -88,7 +90,7 @@ def launch_backward(
 
 def computing_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight as the kernels for features of ``dtype`` take it."""
-    return weight.to(computing_dtype(dtype)).contiguous().resolve_neg()
+    return in_memory(weight.to(computing_dtype(dtype)))
 
 
 def _launch_cpu(features: Tensor, sizes: tuple[int, int, int, bool], *tensors: Tensor) -> None:
@@ -99,20 +101,8 @@ def _launch_backward_cpu(grad_out: Tensor, sizes: tuple[int, int, int, bool], *t
     _native.reweight_pool_backward_cpu(grad_out.data_ptr(), CODES[grad_out.dtype], *sizes, *map(address, tensors))
 
 
-def _launch_triton(*arguments: Any) -> None:
-    from mlfast.kernels.reweight_pool import reweight_pool as kernel
-
-    kernel(*arguments)
-
-
-def _launch_backward_triton(*arguments: Any) -> None:
-    from mlfast.kernels.reweight_pool import reweight_pool_backward as kernel
-
-    kernel(*arguments)
-
-
-LAUNCH = {"cpu": _launch_cpu, "triton": _launch_triton}
-LAUNCH_BACKWARD = {"cpu": _launch_backward_cpu, "triton": _launch_backward_triton}
+LAUNCH = {"cpu": _launch_cpu, "triton": triton_kernel("reweight_pool", "reweight_pool")}
+LAUNCH_BACKWARD = {"cpu": _launch_backward_cpu, "triton": triton_kernel("reweight_pool", "reweight_pool_backward")}
 
 
 # ------------------------------------------------------------------------------------------------ autograd.Function

@@ -73,3 +73,7 @@ def test_wrong_sizes_are_refused():
         CosineLinear(0, 3)
     with pytest.raises(ValueError, match=r"expects \[\.\.\., 4\], got \[2, 5\]"):
         CosineLinear(4, 3)(torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"expects \[\.\.\., 4\], got \[\]"):
+        CosineLinear(4, 3)(torch.zeros(()))
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        CosineLinear(4, 3)([0.0, 0.0, 0.0, 0.0])

@@ -1,5 +1,8 @@
 """aam_loss as a citizen of PyTorch: autograd, torch.compile, export, autocast, modules, errors."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
@@ -176,6 +179,12 @@ def test_released_shifts_only_when_it_focuses():
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
+@pytest.mark.parametrize("number", [np.float64, np.float32, np.int64, Fraction, int])
+def test_numbers_of_any_library(number):
+    cos, target = torch.linspace(-1, 1, 6).view(2, 3), torch.ones(2, 3)
+    assert aam_loss(cos, target, scale=number(23)) == aam_loss(cos, target, scale=23.0)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -192,13 +201,22 @@ def test_released_shifts_only_when_it_focuses():
         (dict(target=torch.ones(2, 3, requires_grad=True)), ValueError, "target.detach"),
         (dict(target=torch.ones(2, 3).to_sparse()), TypeError, "target must be a dense tensor.*SparseTargets"),
         (dict(class_weight=[1.0, 1.0, 1.0]), TypeError, "class_weight must be a tensor, got list"),
+        (dict(class_weight=torch.ones(3).to_sparse()), TypeError, "class_weight must be a dense tensor, .*to_dense"),
         (dict(class_weight=torch.ones(4)), ValueError, r"one value per class, \[3\], got \[4\]"),
-        (dict(class_weight=torch.ones(3, dtype=torch.int64)), TypeError, "class_weight must be floating point"),
+        (
+            dict(class_weight=torch.ones(3, dtype=torch.int64)),
+            TypeError,
+            r"class_weight must be .* got torch.int64; pass class_weight.float",
+        ),
         (dict(class_weight=torch.ones(3, device="meta")), ValueError, "class_weight must be on the device"),
         (dict(class_weight=torch.ones(3, requires_grad=True)), ValueError, "class_weight must not require grad"),
         (dict(scale=0.0), ValueError, "scale must be > 0"),
         (dict(scale=float("nan")), ValueError, "scale must be > 0"),
         (dict(scale="23"), TypeError, "scale must be a number, got str"),
+        (dict(scale=[23.0]), TypeError, "scale must be a number, got list"),
+        (dict(scale=torch.tensor(23.0)), TypeError, r"scale must be a number, got Tensor .*; pass scale.item\(\)"),
+        (dict(reduction=["sum"]), ValueError, "reduction must be one of .*, got"),
+        (dict(cos=torch.zeros(2, 3).to_sparse()), TypeError, "cos must be a dense tensor, .*; pass cos.to_dense"),
         (dict(margin=float("inf")), ValueError, r"margin must be in \[-1, 1\], a difference of cosines, got inf"),
         (dict(margin=1.5), ValueError, r"margin must be in \[-1, 1\], .* got 1.5"),
         (dict(margin=-20), ValueError, r"margin must be in \[-1, 1\], .* got -20"),

@@ -1,11 +1,15 @@
 """What all ops owe to PyTorch, whichever way a call goes."""
 
+import functools
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import mlfast
 from mlfast import functional as F
@@ -57,6 +61,66 @@ def test_a_compiler_meets_the_op_and_not_its_reference(call):
 
     torch.testing.assert_close(torch.compile(call, backend=compiler, fullgraph=True)(X), call(X))
     assert [target for target in targets if target.startswith("mlfast.")], targets
+
+
+@each_op
+def test_a_dispatch_mode_meets_the_op(call):
+    targets = [str(node.target) for node in make_fx(call)(X).graph.nodes]
+    assert [target for target in targets if target.startswith("mlfast.")], targets
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = call(X)
+    assert isinstance(fake, FakeTensor)
+    assert fake.shape == call(X).shape
+
+
+@each_op
+def test_selective_checkpoints(call):
+    for policy in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE):
+        contexts = functools.partial(create_selective_checkpoint_contexts, lambda *_, policy=policy, **__: policy)
+        x = X.clone().requires_grad_()
+        out = checkpoint(lambda x: call(2 * x), x, use_reentrant=False, context_fn=contexts)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        torch.testing.assert_close(grad, torch.autograd.grad(call(2 * x).sum(), x)[0], rtol=0, atol=0)
+
+
+@each_op
+def test_transforms_of_functions_are_refused(call):
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.hessian):
+        with pytest.raises(RuntimeError, match=r"torch\.func.*reference"):
+            transform(lambda x: call(x).sum())(X)
+    with pytest.raises(RuntimeError, match=r"torch\.func.*reference"):
+        torch.func.vmap(call)(torch.stack([X, X]))
+    with mlfast.use_backend("reference"):
+        assert torch.func.grad(lambda x: call(x).sum())(X).abs().max() > 0
+
+
+@each_op
+def test_forward_mode_through_the_dispatcher_is_refused_too(call):
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        make_fx(lambda x: call(forward_ad.make_dual(x, torch.ones_like(x))))(X)
+
+
+@each_op
+def test_zeros_without_memory(call):
+    x = X.clone().requires_grad_()
+    out = call(x)
+    (grad,) = torch.autograd.grad(out, x, torch._efficientzerotensor(out.shape, dtype=out.dtype))
+    torch.testing.assert_close(grad, torch.zeros_like(x), rtol=0, atol=0)
+    torch.testing.assert_close(call(torch._efficientzerotensor(X.shape)), call(torch.zeros_like(X)))
+
+
+def test_meta_device():
+    """On which models are counted."""
+    with torch.device("meta"):
+        x, labels, scores = torch.empty(4, 8), torch.empty(4, 8), torch.empty(4, 1)
+        assert F.aam_loss(x, labels).is_meta
+        assert F.asymmetric_loss(x, labels).is_meta
+        assert F.cosine_linear(x, torch.empty(3, 8)).shape == (4, 3)
+        assert F.group_linear(x.view(4, 2, 4), torch.empty(2, 4, 3), num_classes=6, cosine=True).shape == (4, 6)
+        assert F.reweight_pool(x.view(2, 4, 2, 2), torch.empty(4)).shape == (2, 4)
+        assert F.graph_attention(x[:, None], scores, scores, torch.ones(4, 4)).shape == (4, 1, 8)
+        assert mlfast.CosineLinear(8, 3)(x).shape == (4, 3)
+        assert mlfast.GraphAttention(8, 5)(x).shape == (4, 5)
 
 
 @each_op

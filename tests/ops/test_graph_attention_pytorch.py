@@ -1,5 +1,6 @@
 """graph_attention as a citizen of PyTorch: autograd, torch.compile, export, autocast, errors."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,22 @@ def test_checkpointing_drops_the_same_weights(leaves, graph):
     expected = torch.autograd.grad(attend_twice(leaves, graph), leaves)
     checkpointed = torch.utils.checkpoint.checkpoint(attend_twice, leaves, graph, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(checkpointed, leaves), expected)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_seed_of_any_shape_with_one_number(shape):
+    value, seed = torch.arange(24.0).view(4, 2, 3), torch.full(shape, 7)
+    scores = value.sum(2), value.prod(2)
+    expected = graph_attention(value, *scores, dropout=np.float32(0.5), seed=torch.tensor(7))
+    torch.testing.assert_close(graph_attention(value, *scores, dropout=0.5, seed=seed), expected)
+    with mlfast.use_backend("reference"):
+        torch.testing.assert_close(graph_attention(value, *scores, dropout=0.5, seed=seed), expected)
+
+
+def test_a_sparse_tensor_becomes_a_graph_as_the_message_says():
+    matrix = torch.tensor([[0.0, 1, 0], [0, 0, 0], [1, 1, 0]])
+    graph = Graph.from_edges(matrix.to_sparse().t().to_sparse_coo().coalesce().indices(), 3)
+    assert torch.equal(graph.to_dense(), matrix > 0)
 
 
 def attend_twice(leaves, graph):
@@ -187,6 +204,11 @@ def test_autocast_leaves_the_dtype_and_the_precision(backend, leaves, graph, dev
             r"graph must be \[K, K\], \[3, 3\].* pass mlfast.Graph.from_e",
         ),
         (dict(graph=torch.ones(3, 3).cfloat()), TypeError, "graph must be bool, integer or float"),
+        (
+            dict(graph=torch.eye(3).to_sparse()),
+            TypeError,
+            "graph must be a dense tensor, .* pass mlfast.Graph.from_edges",
+        ),
         (dict(graph=[[1]]), TypeError, "graph must be None, a tensor or an mlfast.Graph, got list"),
         (dict(graph=Graph.from_dense(torch.eye(4))), ValueError, r"graph must have the 3 nodes of value, got Graph\(4"),
         (dict(negative_slope=-0.1), ValueError, "negative_slope must be at least 0, got -0.1"),

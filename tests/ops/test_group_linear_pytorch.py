@@ -206,6 +206,8 @@ def test_autocast(backend, leaves, device, cosine):
         (dict(weight=torch.ones(2, 4, 2)), ValueError, r"weight must be \[3, 4, f\] .* got \[2, 4, 2\]"),
         (dict(num_classes=7), ValueError, "from 1 to L \\* f = 6, got 7"),
         (dict(num_classes=0), ValueError, "from 1 to L \\* f = 6, got 0"),
+        (dict(num_classes=5.0), TypeError, r"num_classes must be an integer, got float 5.0; convert it with int\(\)"),
+        (dict(weight=torch.ones(3, 4, 2).to_sparse()), TypeError, "weight must be a dense tensor, .*weight.to_dense"),
         (dict(bias=torch.ones(6)), ValueError, r"one value per class, \[5\], got \[6\]; pass bias\[:num_classes\]"),
         (dict(weight=torch.ones(3, 4, 2, device="meta")), ValueError, "weight must be on the device of x, cpu, got"),
     ],

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "integers": set(),
     "graph": {"integers"},
     "sparse_targets": {"integers"},
-    "ops": {"kernels", "backends", "graph", "sparse_targets"},
+    "ops": {"kernels", "backends", "graph", "integers", "sparse_targets"},
     "nn": {"ops", "backends", "graph", "integers", "sparse_targets"},
     "models": {"nn", "ops", "backends", "graph", "integers", "sparse_targets", "torchvision_compat"},
     "data": {"torchvision_compat"},

@@ -82,6 +82,23 @@ def test_without_a_compiler_the_install_still_works(tmp_path):
     assert "Install a C++ compiler" in output
 
 
+def test_a_broken_cuda_compiler_leaves_the_kernels_for_the_cpu(tmp_path):
+    source = tmp_path / "a compiler's $folder"
+    source.mkdir()
+    nvcc = source / "nvcc"
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    output = run_installed(build_wheel(tmp_path, MLFAST_CUDA="", NVCC=str(nvcc)), tmp_path)
+    assert "+ cpu" in output
+    assert f"because {nvcc} failed" in output
+
+
+def test_insisting_on_cuda_fails_without_its_compiler(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        build_wheel(tmp_path, MLFAST_CUDA="1", NVCC="no-such-nvcc")
+    assert b"no-such-nvcc" in failure.value.output + failure.value.stderr
+
+
 def test_insisting_on_the_compiled_module_fails_without_a_compiler(tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as failure:
         build_wheel(tmp_path, CXX="no-such-compiler", MLFAST_NATIVE="1")

@@ -125,10 +125,11 @@ def with_gradients(module, x, *neighbourhood):
     incoming = torch.randn_like(module(x, *neighbourhood))
 
     def run():
+        module(x, *neighbourhood).backward(incoming)
+        grads = [x.grad, *(parameter.grad for parameter in module.parameters())]
         module.zero_grad()
         x.grad = None
-        module(x, *neighbourhood).backward(incoming)
-        return [x.grad, *(parameter.grad for parameter in module.parameters())]
+        return grads
 
     return run
 

@@ -67,9 +67,10 @@ def gradients(branch, graph):
     branch = copy.deepcopy(branch)
 
     def step(incoming):
-        branch.zero_grad()
         branch.weight(graph).backward(incoming)
-        return [parameter.grad for parameter in branch.parameters()]
+        grads = [parameter.grad for parameter in branch.parameters()]
+        branch.zero_grad()
+        return grads
 
     return step
 

@@ -70,11 +70,12 @@ def contestants(head, quick):
 
 def training(call, head):
     def step(features, incoming):
-        features.grad = None
-        head.zero_grad()
         out = call(features)
         out.backward(incoming if out.shape == incoming.shape else torch.ones_like(out))
-        return out, features.grad, head.embed.weight.grad
+        grads = features.grad, head.embed.weight.grad
+        features.grad = None
+        head.zero_grad()
+        return out, *grads
 
     return step
 

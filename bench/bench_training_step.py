@@ -51,6 +51,7 @@ def sam_step(model, loss, backend):
             with torch.no_grad():
                 torch._foreach_sub_(weights, uphill)
             optimizer.step()
+            optimizer.zero_grad()
         return value.detach()
 
     return step

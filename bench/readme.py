@@ -86,13 +86,14 @@ def section(path: Path) -> list[str]:
             mine, smallest = row["median_us"]["mlfast"], row["median_us"]["x.sum()"]
             lines += ["", f"One label, forward + backward: {mine:.0f} µs; PyTorch's `x.sum()`: {smallest:.0f} µs."]
     if lost := [row for row in raced if "ratio_quartiles" in row and rows.verdict(row) == "loses"]:
-        lines += ["", f"mlfast loses: {'; '.join(map(loss, lost))}."]
+        lines += ["", "**Where mlfast loses**, and how many times as long it takes as the fastest other:", ""]
+        lines += [f"- {op}: {'; '.join(map(loss, of_op))}" for op, of_op in rows.by_op(lost).items()]
     return lines
 
 
 def loss(row: Row) -> str:
     name, ratio = rows.fastest_other(row)
-    return f"{row['op']}, {row['case']}, takes {1 / ratio:.2f} times as long as {name}"
+    return f"{row['case']}, {1 / ratio:.2f} ({name})"
 
 
 def tables() -> str:

@@ -98,7 +98,7 @@ def test_the_readme_shows_the_columns_that_were_measured(tmp_path, monkeypatch):
     assert "| aam_loss, 56 x 500 | 250 µs |" in text and "56 x 20 " not in text  # the usual size, and the largest
     assert "| graph, K 10 |" not in text
     assert "**Where mlfast loses**" in text
-    assert "\n- aam_loss: COCO 56 x 80 forward, 2.00 (eager)\n" in text
+    assert "\n- aam_loss: COCO 56 x 80 forward, 2.00 (eager)" in text
     assert "One label, forward + backward: 100 µs; PyTorch's `x.sum()`: 40 µs." in text
     assert "matrix rate 70.0 GFLOP/s" in text
 

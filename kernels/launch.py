@@ -1,7 +1,8 @@
 """Launches of Triton kernels that cost Python little.
 
 `kernel[grid](...)` inspects every argument, builds a text of what it finds, and looks the compiled kernel up by that.
-Here it is found by the few facts that Triton compiles anew for, and takes addresses, which need no look into tensors.
+Here it is found by types, alignments and the numbers themselves, which come again in every step, and takes addresses,
+which need no look into tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 
 Numbers = tuple[int | float, ...]
 
+MOST_REMEMBERED = 4096  # so that numbers which differ from call to call do not fill the memory
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
@@ -42,9 +44,9 @@ def launch_kernel(
     key = (
         kernel.fn,
         one.device,
+        numbers,
         *[None if tensor is None else tensor.dtype for tensor in tensors],
-        *[None if address is None else address % 16 == 0 for address in addresses],
-        *[(number == 1, number % 16 == 0) for number in numbers],  # True is not False here
+        *[address and address % 16 for address in addresses],
         *constants.items(),
     )
     found = _compiled.get(key)
@@ -56,5 +58,7 @@ def launch_kernel(
         compiled = kernel[grid](*tensors, *numbers, **constants)
     # The interpreter compiles nothing, and on ROCm Triton compiles for the sizes of tensors too.
     if compiled is not None and torch.version.hip is None:
+        if len(_compiled) >= MOST_REMEMBERED:
+            _compiled.clear()
         names = kernel.arg_names[len(tensors) + len(numbers) :]
         _compiled[key] = compiled, tuple(constants[name] for name in names)

@@ -45,6 +45,7 @@ class Driver:
         return torch.device("cpu")
 
 driver.set_active(Driver())
+from mlfast.kernels import launch
 from mlfast.kernels.launch import launch_kernel
 
 @triton.jit(do_not_specialize=["n"])
@@ -78,7 +79,11 @@ for order in (cases, cases[::-1]):
         if theirs != ours:
             differ.append(str((theirs, ours)))
 kernels = {found for found, _, _ in launched}
-print(json.dumps({"launches": len(launched), "kernels": len(kernels), "differ": differ[:3]}))
+launch.MOST_REMEMBERED = 10
+for n in range(1000, 1100):
+    launch_kernel(kernel, (3, 2), (memory, None, memory), (n, 1, 0.5, True), BLOCK=32, num_warps=1)
+remembered = len(launch._compiled)
+print(json.dumps({"launches": len(launched) - 100, "kernels": len(kernels), "differ": differ[:3], "remembered": remembered}))
 """
 
 
@@ -102,6 +107,10 @@ def test_the_kernel_and_its_arguments_are_those_of_triton(launches):
 def test_there_is_a_kernel_for_each_thing_that_triton_compiles_for(launches):
     """Of x three, of y three, of the stride three (1, multiples of 16, others), of each constant two."""
     assert launches["kernels"] == 3 * 3 * 3 * 2 * 2
+
+
+def test_numbers_that_never_come_again_do_not_fill_the_memory(launches):
+    assert 0 < launches["remembered"] <= 10
 
 
 @pytest.mark.parametrize(("a", "b", "expected"), [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2), (2**33, 4, 2**31)])

@@ -21,7 +21,7 @@ namespace {
 
 // A product costs far less than an element of a loss, for which threads_for was made: a second thread was measured to
 // be worth its wake from 0.3 ms on.
-constexpr int64_t kProductsPerLoss = 320;
+constexpr int64_t kProductsPerLoss = 107;
 // An exponential and its gradient, in the same unit.
 constexpr int64_t kProductsPerEdge = 128;
 // Rows that a thread takes at a time.

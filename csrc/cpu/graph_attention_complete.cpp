@@ -25,7 +25,7 @@ constexpr int64_t kColumns = 256;
 // How many items ahead memory is asked for.
 constexpr int64_t kAhead = 8;
 // An element of a sweep costs far less than one of a loss, for which threads_for was made.
-constexpr int64_t kSweptPerLoss = 16;
+constexpr int64_t kSweptPerLoss = 5;
 
 int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
 

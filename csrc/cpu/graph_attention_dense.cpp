@@ -16,8 +16,8 @@
 namespace mlfast::cpu {
 namespace {
 
-// A weight costs less than an element of a loss, for which threads_for was made.
-constexpr int64_t kWeightsPerLoss = 4;
+// A weight costs about as much as an element of a loss, for which threads_for was made.
+constexpr int64_t kWeightsPerLoss = 1;
 constexpr int64_t kColumnTile = 512;
 // Scores of a head that lie further apart lose digits when exponentials are factorised: half of ulp(16) is 5e-7.
 constexpr double kWidestSpread = 16;

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kChunk = 64;  // nodes
 // A multiplication and addition costs far less than an element of a loss, for which threads_for was made.
-constexpr int64_t kProductsPerLoss = 16;
+constexpr int64_t kProductsPerLoss = 5;
 
 template <typename T>
 struct TwoScores {

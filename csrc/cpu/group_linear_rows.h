@@ -49,7 +49,7 @@ template <typename T>
 constexpr DType kTypeOf = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
 
 // A multiplication and addition cost far less than an element of a loss, for which threads_for was made.
-constexpr int64_t kProductsPerLoss = 16;
+constexpr int64_t kProductsPerLoss = 5;
 
 inline int threads_for_groups(const GroupLinearSizes& s) {
   const int64_t products = s.batch * s.groups * s.features * s.slots;

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "huge_pages.h"
+#include "lanes.h"
 #include "parallel.h"
 
 namespace mlfast::cpu {
@@ -33,33 +34,69 @@ struct Pooled {
   int64_t argmax;  // where it is first
 };
 
+// The same of a tile, whose positions count from its beginning.
 template <typename T>
-struct SumAndPeak {
+struct PooledTile {
   T sum, peak;
+  Position<T> argmax;
 };
 
-// NaN products are passed over: see first_nan. Reductions reorder additions, which omp simd permits.
-template <typename T, typename From>
-MLFAST_SIMD SumAndPeak<T> sum_and_peak(const From* __restrict f, T weight, int64_t n) {
-  T sum = 0, peak = -std::numeric_limits<T>::infinity();
-#pragma omp simd reduction(+ : sum) reduction(max : peak)
-  for (int64_t i = 0; i < n; ++i) {
-    const T value = widen(f[i]), product = weight * value;
-    sum += value;
-    peak = product > peak ? product : peak;
-  }
-  return {sum, peak};
+template <typename T>
+using Places = typename Lanes<Position<T>>::Vector;
+
+template <typename T>
+MLFAST_ALWAYS void number_lanes(Places<T>& lanes) {
+  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = i;
 }
 
-// Where weight * f is first equal to peak. Without a branch: leaving the loop early would cost more than it spares.
-template <typename T, typename From>
-MLFAST_SIMD int64_t first_at(const From* __restrict f, T weight, T peak, Position<T> n) {
-  Position<T> from_end = 0;
-  for (Position<T> i = 0; i < n; ++i) {
-    const Position<T> here = weight * widen(f[i]) == peak ? n - i : 0;
-    from_end = here > from_end ? here : from_end;
+// Has `combine` put together all lanes of x, in every lane.
+template <typename T, typename Vector, typename Combine>
+MLFAST_ALWAYS void across_lanes(Vector& x, const Combine& combine) {
+  Places<T> lane;
+  number_lanes<T>(lane);
+#pragma GCC unroll 3
+  for (int step = kLanes<T> / 2; step > 0; step /= 2) combine(x, __builtin_shuffle(x, lane ^ step));
+}
+
+// NaN products are passed over: see first_nan. Each lane has a maximum of its own; the highest that comes first counts.
+template <bool kArgmax, typename T>
+MLFAST_SIMD PooledTile<T> pool_tile(const T* f, T weight, Position<T> n) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int kWide = kLanes<T>;
+  const Vector lowest = Vector{} - std::numeric_limits<T>::infinity();
+  Vector sum[2] = {}, peak[2] = {lowest, lowest};
+  Places<T> place, at[2] = {};
+  number_lanes<T>(place);
+  Position<T> p = 0;
+  for (; p + 2 * kWide <= n; p += 2 * kWide) {
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      const Vector value = *reinterpret_cast<const Vector*>(f + p + v * kWide), product = weight * value;
+      sum[v] += value;
+      if (kArgmax) at[v] = product > peak[v] ? place : at[v];
+      peak[v] = product > peak[v] ? product : peak[v];
+    }
+    place += 2 * kWide;
   }
-  return from_end == 0 ? 0 : n - from_end;
+  Vector total = sum[0] + sum[1], top = peak[1] > peak[0] ? peak[1] : peak[0];
+  across_lanes<T>(total, [](Vector& x, const Vector& y) __attribute__((always_inline)) { x += y; });
+  across_lanes<T>(top, [](Vector& x, const Vector& y) __attribute__((always_inline)) { x = y > x ? y : x; });
+  PooledTile<T> tile{total[0], top[0], 0};
+  if (kArgmax) {
+    const auto earlier = [](Places<T>& x, const Places<T>& y) __attribute__((always_inline)) { x = y < x ? y : x; };
+    const Places<T> nowhere = Places<T>{} + n;
+    Places<T> first = peak[0] == top ? at[0] : nowhere;
+    earlier(first, peak[1] == top ? at[1] + kWide : nowhere);
+    across_lanes<T>(first, earlier);
+    tile.argmax = first[0];
+  }
+  for (; p < n; ++p) {
+    const T product = weight * f[p];
+    tile.sum += f[p];
+    tile.argmax = product > tile.peak ? p : tile.argmax;
+    tile.peak = product > tile.peak ? product : tile.peak;
+  }
+  return tile;
 }
 
 // Corrects peak and argmax where a product is NaN. Then weight * sum is not finite, so few rows are looked at.
@@ -80,16 +117,22 @@ template <typename T, typename From>
 Pooled<T> pool_row(const From* f, T weight, int64_t n, bool with_argmax) {
   Pooled<T> pooled{0, -std::numeric_limits<T>::infinity(), 0};
   for (int64_t begin = 0; begin < n; begin += kPositionTile) {
-    const int64_t size = std::min(kPositionTile, n - begin);
-    const SumAndPeak<T> tile = sum_and_peak<T>(f + begin, weight, size);
+    const auto size = static_cast<Position<T>>(std::min(kPositionTile, n - begin));
+    alignas(64) T converted[kPositionTile];
+    const T* values = converted;
+    if constexpr (std::is_same_v<T, From>) {
+      values = f + begin;
+    } else {
+      convert(f + begin, converted, size);
+    }
+    const PooledTile<T> tile =
+        with_argmax ? pool_tile<true>(values, weight, size) : pool_tile<false>(values, weight, size);
     pooled.sum += static_cast<double>(tile.sum);
     if (tile.peak > pooled.peak) {
       pooled.peak = tile.peak;
-      pooled.argmax = begin;
+      pooled.argmax = begin + tile.argmax;
     }
   }
-  const int64_t size = std::min(kPositionTile, n - pooled.argmax);
-  if (with_argmax) pooled.argmax += first_at<T>(f + pooled.argmax, weight, pooled.peak, static_cast<Position<T>>(size));
   first_nan(f, 1, n, weight, pooled);
   return pooled;
 }

@@ -11,3 +11,6 @@
 #else
 #define MLFAST_SIMD
 #endif
+
+// What such a function calls with vectors has to be within it: only there are registers wide enough.
+#define MLFAST_ALWAYS inline __attribute__((always_inline))

@@ -1,6 +1,7 @@
 """graph_attention against eager PyTorch, torch.compile and torch_geometric, forward + backward.
 
-The op's peers are the dense formula, eager and compiled. The layer's peer is torch_geometric's GATConv with the same
+The op's peers are the dense formula, and one that gathers the neighbours of each label, which all have as many here;
+eager and compiled. The layer's peer is torch_geometric's GATConv with the same
 weights on the same edges: whole against whole, where both make the same product of features and weights by PyTorch
 (``product alone`` is that product, with its gradients), and the attention of both with the product taken out.
 """
@@ -34,6 +35,12 @@ def plain(value, src, dst, mask):
     logits = leaky_relu(dst.t()[:, :, None] + src.t()[:, None, :], 0.2)
     weights = logits.masked_fill(~mask, -torch.inf).softmax(dim=2)
     return torch.bmm(weights, value.transpose(0, 1)).transpose(0, 1)
+
+
+def gather(value, src, dst, neighbours):
+    """The same, with the numbers of each label's neighbours, [K, N]."""
+    weights = leaky_relu(dst[:, None] + src[neighbours], 0.2).softmax(dim=1)
+    return torch.einsum("knh,knhf->khf", weights, value[neighbours])
 
 
 def edges_of(nodes, neighbours):
@@ -96,12 +103,16 @@ def bench_graph_attention(benchmark, record, device, quick, size):
     graph = Graph.from_edges(edges_of(nodes, neighbours), nodes).to(device)
     mask, inputs = graph.to_dense(), make_inputs(nodes, heads, features, device)
     given = mask if "mask" in size else graph
-    compiled = torch.compile(plain)
+    compiled, compiled_gather = torch.compile(plain), torch.compile(gather)
     contestants = {
         "mlfast": lambda *leaves: graph_attention(*leaves, given),
         "eager": lambda *leaves: plain(*leaves, mask),
         "compile": lambda *leaves: compiled(*leaves, mask),
     }
+    if given is graph:
+        numbers = graph.indices.view(nodes, neighbours).long()
+        contestants["eager gather"] = lambda *leaves: gather(*leaves, numbers)
+        contestants["compile gather"] = lambda *leaves: compiled_gather(*leaves, numbers)
     *leaves, incoming = inputs[0]
     assert_same_results(contestants, leaves, incoming)
     steps = {name: training(attend) for name, attend in contestants.items()}

@@ -62,7 +62,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     for curve in curves(rows):
         fits = {name: fit(points) for name, points in curve.points.items()}
-        exponents = ", ".join(f"{f.exponent:.2f} ({name})" for name, f in fits.items())
+        exponents = ", ".join(f"{f.exponent:.2f} ± {f.error:.2f} ({name})" for name, f in fits.items())
         start = max(f.smallest for f in fits.values())
         found.append(f"{curve.op}, {curve.name}, from {curve.over} = {start:,} on, grows as its power {exponents}")
     return found

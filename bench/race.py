@@ -23,6 +23,7 @@ MOST_SETS = 64
 # Inputs below this fit a core's caches, so for a quick call a loop of its own is another case than taking turns.
 HOT_BYTES = 2**20
 HOT_SECONDS = 1e-3
+LOOPS = 5
 FEWEST_ROUNDS = 5
 most_seconds = 3.0  # of one race's rounds, so that a whole run takes a quarter of an hour; --quick lowers it
 
@@ -130,10 +131,7 @@ def details(
     found["peak_bytes"] = {name: peak_bytes(run, inputs[0]) for name, run in contestants.items()}
     small = sum(x.nbytes for x in inputs[0] if torch.is_tensor(x)) < HOT_BYTES
     if small and statistics.median(times[subject]) < HOT_SECONDS:
-        found["hot_us"] = {
-            name: microseconds(statistics.median(own_loop(run, inputs[0], found["rounds"])))
-            for name, run in timed.items()
-        }
+        found["hot_us"] = own_loops(timed, inputs[0], found["rounds"])
     if torch.cuda.is_initialized():
         replayed = {name: kernel_seconds(run, inputs) for name, run in contestants.items()}
         found["kernel_us"] = {name: s and microseconds(s) for name, s in replayed.items()}
@@ -146,11 +144,19 @@ def quartiles(times: list[float], subject_times: list[float]) -> list[float]:
     return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
 
 
-def own_loop(run: Contestant, arguments: tuple[Any, ...], rounds: int) -> list[float]:
-    """The same call again and again: it finds its code and its data in the caches."""
-    for _ in range(10):
-        run(*arguments)
-    return [seconds(run, *arguments) for _ in range(rounds)]
+def own_loops(timed: dict[str, Contestant], arguments: tuple[Any, ...], rounds: int) -> dict[str, float]:
+    """Microseconds of each where the same call comes again and again: it finds its code and its data in the caches.
+
+    Five loops of each, in an order drawn anew, and of their medians the median: a disturbance strikes one of them.
+    """
+    lots, medians = random.Random(0), {name: [] for name in timed}
+    for _ in range(LOOPS):
+        for name in lots.sample(list(timed), len(timed)):
+            run = timed[name]
+            for _ in range(10):
+                run(*arguments)
+            medians[name].append(statistics.median(seconds(run, *arguments) for _ in range(-(-rounds // LOOPS))))
+    return {name: microseconds(statistics.median(values)) for name, values in medians.items()}
 
 
 def microseconds(value: float) -> float:

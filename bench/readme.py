@@ -16,7 +16,10 @@ BEGIN, END = "<!-- measured speeds: written by python -m bench.readme -->", "<!-
 def against(us: dict[str, float | None], kind: str) -> str:
     """The ratio to the fastest of a kind: ``eager`` stands for all eager forms, ``compile`` for all compiled ones."""
     of_kind = [value for name, value in us.items() if name.split()[0] == kind and value]
-    return f"{min(of_kind) / us['mlfast']:.1f}x" if of_kind and us["mlfast"] else "-"
+    if not of_kind or not us["mlfast"]:
+        return "-"
+    ratio = min(of_kind) / us["mlfast"]
+    return f"{ratio:.1f}x" if ratio < 9.95 else f"{ratio:.0f}x"
 
 
 def times(us: dict[str, float | None]) -> list[str]:
@@ -88,7 +91,21 @@ def section(path: Path) -> list[str]:
     if lost := [row for row in raced if "ratio_quartiles" in row and rows.verdict(row) == "loses"]:
         lines += ["", "**Where mlfast loses**, and how many times as long it takes as the fastest other:", ""]
         lines += [f"- {op}: {'; '.join(map(loss, of_op))}" for op, of_op in rows.by_op(lost).items()]
+    if lost := [row for row in map(of_kernels, filter(has_kernels, raced)) if rows.fastest_other(row)[1] < 0.995]:
+        lines += ["", "The same of the kernels alone, replayed:", ""]
+        lines += [f"- {op}: {'; '.join(map(loss, of_op))}" for op, of_op in rows.by_op(lost).items()]
     return lines
+
+
+def has_kernels(row: Row) -> bool:
+    """Whether mlfast's kernels were replayed, and a rival's."""
+    us = row.get("kernel_us", {})
+    return bool(us.get("mlfast")) and any(value and rows.is_rival(name) for name, value in us.items())
+
+
+def of_kernels(row: Row) -> Row:
+    """A row whose times are those of the kernels."""
+    return row | {"median_us": {name: value for name, value in row["kernel_us"].items() if value}}
 
 
 def loss(row: Row) -> str:

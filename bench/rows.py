@@ -37,7 +37,7 @@ def complete(row: Row, race: Row, bandwidth: float, matrix_rate: float) -> Row:
     if "bytes" not in row:
         return row
     memory_us, compute_us = row["bytes"] / bandwidth * 1e6, row.get("operations", 0) / matrix_rate * 1e6
-    row.setdefault("percent_of_copy_bandwidth", round(100 * memory_us / row["median_us"]["mlfast"], 1))
+    row.setdefault("percent_of_copy_bandwidth", round(100 * memory_us / measured_us(row), 1))
     if "operations" in row:
         row["bound_by"] = "memory" if memory_us > compute_us else "arithmetic"
         row["percent_of_roofline"] = round(100 * max(memory_us, compute_us) / measured_us(row), 1)

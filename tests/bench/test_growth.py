@@ -39,4 +39,4 @@ def test_curves_are_rows_of_one_op_and_name():
     assert (curve.op, curve.over, curve.name) == ("graph_attention", "K", "training")
     assert [size for size, _ in curve.points["eager"]] == SIZES
     (line,) = growth.lines(density)
-    assert line.endswith("from K = 2,000 on, grows as its power 1.00 (mlfast), 2.00 (eager)")
+    assert line.endswith("from K = 2,000 on, grows as its power 1.00 ± 0.00 (mlfast), 2.00 ± 0.00 (eager)")

@@ -332,7 +332,7 @@ def main() -> None:
     try:
         import triton
     except ModuleNotFoundError as error:
-        raise SystemExit('triton is not installed: pip install "mlfast[triton]"') from error
+        raise SystemExit('triton is not installed: pip install ".[triton]" in a checkout of mlfast') from error
     cuobjdump = triton.knobs.nvidia.cuobjdump.path
     tools = {"triton": triton.__version__, "cuobjdump": version([cuobjdump])}
     with tempfile.TemporaryDirectory() as name:

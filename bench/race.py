@@ -25,7 +25,7 @@ HOT_BYTES = 2**20
 HOT_SECONDS = 1e-3
 LOOPS = 5
 FEWEST_ROUNDS = 5
-most_seconds = 3.0  # of one race's rounds, so that a whole run takes a quarter of an hour; --quick lowers it
+most_seconds = 3.0  # of one race's rounds, so that a whole run takes ten minutes; --quick lowers it
 
 
 def number_of_sets(bytes_per_set: int) -> int:

@@ -1,4 +1,7 @@
-"""Writes the measured speeds into README.md: ``python -m bench.readme``. A test fails when they differ."""
+"""Writes the measured speeds into README.md and the ops' pages: ``python -m bench.readme``.
+
+A test fails when they differ from the results.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,15 @@ from bench.rows import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured speeds: written by python -m bench.readme -->", "<!-- end of measured speeds -->"
+PAGES = {  # and the ops whose rows of the latest run on a CPU they show
+    "aam_loss": ["aam_loss"],
+    "asymmetric_loss": ["asymmetric_loss"],
+    "cosine_linear": ["cosine_linear"],
+    "graph_attention": ["graph_attention", "graph_attention_layer"],
+    "graph_attention_complete": ["graph_attention_complete"],
+    "group_linear": ["group_linear"],
+    "reweight_pool": ["reweight_pool"],
+}
 
 
 def against(us: dict[str, float | None], kind: str) -> str:
@@ -113,10 +125,16 @@ def loss(row: Row) -> str:
     return f"{row['case']}, {1 / ratio:.2f} ({name})"
 
 
+def machines() -> dict[Path, dict[str, str]]:
+    """What each file of results says of its machine, the latest first."""
+    dated = {path: json.loads(path.read_text())["machine"] for path in (ROOT / "bench" / "results").glob("*.json")}
+    return dict(sorted(dated.items(), key=lambda item: (item[1]["date"], item[0].name), reverse=True))
+
+
 def tables() -> str:
     """The tables of the CPU and of the GPU that were measured last, and where the others stand."""
-    dated = {path: json.loads(path.read_text())["machine"] for path in (ROOT / "bench" / "results").glob("*.json")}
-    latest = sorted(dated, key=lambda path: (dated[path]["date"], path.name), reverse=True)
+    dated = machines()
+    latest = list(dated)
     shown = [next((path for path in latest if is_gpu(dated[path]) is gpu), None) for gpu in (False, True)]
     lines = [BEGIN, ""]
     for path in filter(None, shown):
@@ -139,12 +157,47 @@ def link(path: Path) -> str:
     return f"[{path.name}]({path.relative_to(ROOT)})"
 
 
-def with_tables(readme: str) -> str:
-    """README.md with the present tables in the place of the old ones."""
-    before, rest = readme.split(BEGIN)
-    return before + tables() + rest.split(END)[1]
+def with_tables(text: str, written: str) -> str:
+    """A page with the present tables in the place of the old ones."""
+    before, rest = text.split(BEGIN)
+    return before + written + rest.split(END)[1]
+
+
+def of_page(ops: list[str]) -> str:
+    """Every row of these ops in the latest run on a CPU, in milliseconds."""
+    path = next(path for path, machine in machines().items() if not is_gpu(machine))
+    results = json.loads(path.read_text())
+    about, by_op = results["machine"], rows.by_op(results["rows"])
+    lines = [
+        BEGIN,
+        "",
+        f"{about['processor']}, torch {about['torch']}, commit {about['commit']}, {about['date']}, copy bandwidth "
+        f"{about['copy_bandwidth_GBps']} GB/s; milliseconds, and how many times as long as mlfast "
+        "([how](benchmarks.md)).",
+    ]
+    for op in ops:
+        names = rows.contestants(by_op[op])
+        lines += ["", as_row([op, *names, "of copy bandwidth"]), "|" + "---|" * (len(names) + 2)]
+        for row in by_op[op]:
+            times = [milliseconds(row["median_us"], name) for name in names]
+            lines.append(as_row([row["case"], *times, rows.percent(row.get("percent_of_copy_bandwidth"))]))
+    return "\n".join([*lines, "", END])
+
+
+def milliseconds(us: dict[str, float], name: str) -> str:
+    """A contestant's time, and the ratio to mlfast's."""
+    if name not in us:
+        return "-"
+    time = f"{us[name] / 1000:.3g}" if us[name] < 999_500 else f"{us[name] / 1000:.0f}"
+    return time if name == "mlfast" else f"{time} ({us[name] / us['mlfast']:.2g}x)"
+
+
+def written() -> dict[Path, str]:
+    """Every page that shows speeds, with the present ones."""
+    found = {ROOT / "README.md": tables()} | {ROOT / "docs" / f"{op}.md": of_page(ops) for op, ops in PAGES.items()}
+    return {path: with_tables(path.read_text(), text) for path, text in found.items()}
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(with_tables(path.read_text()))
+    for path, text in written().items():
+        path.write_text(text)

@@ -141,11 +141,11 @@ def _reference() -> tuple[bool, str]:
 
 
 def _install_again() -> str:
-    """The command that compiles anew: in a checkout what stands there, else the release."""
+    """The command that compiles anew: what stands in this checkout, or in one that was installed from."""
     checkout = Path(__file__).resolve().parents[1]
     if (checkout / "setup.py").exists():
         return f"pip install --no-deps --editable {checkout}"
-    return "pip install --force-reinstall --no-deps --no-cache-dir mlfast"
+    return "pip install --force-reinstall --no-deps --no-cache-dir . in a checkout of mlfast"
 
 
 def _cpu() -> tuple[bool, str]:

@@ -21,7 +21,7 @@ _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_REMEDY = 'torchvision is not installed: pip install "mlfast[train]"'
+_REMEDY = 'torchvision is not installed: pip install ".[train]" in a checkout of mlfast'
 
 _fragments: list[torch.library.Library] = []  # a Library that is collected takes its schemas with it
 

@@ -243,13 +243,16 @@ def test_other_ml_decoders_are_left(kind, words):
     assert words in reason(head_that_is_left(kind))
 
 
-def test_group_fc():
-    module = nn.ModuleDict({"group_fc": published.GroupFC(3)})
-    h, weight, out = torch.randn(2, 3, 4), torch.randn(3, 4, 2), torch.zeros(2, 3, 2)
+@pytest.mark.parametrize("groups", [2, 3, 80])
+def test_group_fc(groups):
+    module = nn.ModuleDict({"group_fc": published.GroupFC(groups)})
+    h, weight, out = torch.randn(2, groups, 4), torch.randn(groups, 4, 2), torch.zeros(2, groups, 2)
     module, report = mlfast.accelerate(module)
     assert report.swapped[0].name == "group_fc"
     module["group_fc"](h, weight, out)
     torch.testing.assert_close(out, torch.einsum("bld,ldf->blf", h, weight))
+    module["group_fc"](h, weight[0], out)  # the same weight for all groups
+    torch.testing.assert_close(out, h @ weight[0])
 
 
 # ------------------------------------------------------------------------------------------------------------- walking

@@ -231,7 +231,7 @@ sys.exit(cli.main(["train", {config!r}]))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert package in done.stderr and 'pip install "mlfast[train]"' in done.stderr
+    assert package in done.stderr and 'pip install ".[train]" in a checkout of mlfast' in done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")

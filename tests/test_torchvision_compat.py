@@ -86,4 +86,4 @@ def test_a_missing_dependency_of_torchvision_is_not_taken_for_torchvision(fake):
 
 def test_absent_torchvision_names_the_remedy():
     out = run("sys.modules['torchvision'] = None  # to the import system: not installed\n" + IMPORT)
-    assert out == 'ModuleNotFoundError torchvision is not installed: pip install "mlfast[train]" 0'
+    assert out == 'ModuleNotFoundError torchvision is not installed: pip install ".[train]" in a checkout of mlfast 0'

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "lanes.h"
 #include "parallel.h"
 
 namespace mlfast::cpu {
@@ -18,20 +19,31 @@ constexpr double kMostInverse = 1e12;
 // Products that are added in the computing type; their sums are added in double.
 constexpr int64_t kTile = 2048;
 
-// Four sums side by side, since each addition waits for the one before it. omp simd lets GCC reorder a sum.
+// Bytes of a vector that are asked for ahead; behind its end lies the next one.
+constexpr int64_t kAheadBytes = 2048;
+
+// Four sums side by side, since each addition waits for the one before it.
 template <typename T>
 MLFAST_SIMD T dot_of_tile(const T* a, const T* b, int64_t n) {
-  const int64_t quarter = n / 4;
-  T s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-  for (int64_t i = 0; i < quarter; ++i) {
-    s0 += a[i] * b[i];
-    s1 += a[quarter + i] * b[quarter + i];
-    s2 += a[2 * quarter + i] * b[2 * quarter + i];
-    s3 += a[3 * quarter + i] * b[3 * quarter + i];
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int64_t kWide = kLanes<T>, kAhead = kAheadBytes / sizeof(T);
+  Vector sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kWide <= n; i += 4 * kWide) {
+    for (int64_t line = 0; line < 4 * kWide; line += 64 / sizeof(T)) {
+      __builtin_prefetch(a + i + line + kAhead);
+      if (a != b) __builtin_prefetch(b + i + line + kAhead);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v)
+      sums[v] +=
+          *reinterpret_cast<const Vector*>(a + i + v * kWide) * *reinterpret_cast<const Vector*>(b + i + v * kWide);
   }
-  for (int64_t i = 4 * quarter; i < n; ++i) s0 += a[i] * b[i];
-  return (s0 + s1) + (s2 + s3);
+  const Vector all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  T sum = 0;
+  for (int lane = 0; lane < kWide; ++lane) sum += all[lane];
+  for (; i < n; ++i) sum += a[i] * b[i];
+  return sum;
 }
 
 template <typename T>

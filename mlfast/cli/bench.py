@@ -23,6 +23,7 @@ def main(argv: list[str]) -> int:
         return bench_deployed.main(argv)
     parser = argparse.ArgumentParser(
         prog="mlfast bench",
+        allow_abbrev=False,
         description="Time every op on this machine against plain PyTorch, and say which gain nothing here: about three "
         "minutes. What it does not know goes on to pytest, such as -k aam_loss or --device cuda.",
     )
@@ -37,7 +38,10 @@ def main(argv: list[str]) -> int:
         return USER_ERROR
     missing = [name for name in ("pytest", "pytest_benchmark") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f'mlfast bench: {missing[0]} is not installed: pip install "mlfast[bench]"', file=sys.stderr)
+        print(
+            f'mlfast bench: {missing[0]} is not installed: pip install ".[bench]" in a checkout of mlfast',
+            file=sys.stderr,
+        )
         return USER_ERROR
     quick = [] if known.full else ["--quick"]
     command = [sys.executable, "-m", "pytest", "bench", *quick, "-q", "--benchmark-quiet", "-p", "no:warnings", *others]

@@ -109,6 +109,8 @@ def _check(options: argparse.Namespace) -> None:
         )
     if not options.tune and (options.beta != 1 or options.min_precision is not None or options.shared):
         raise ValueError("--beta, --min-precision and --shared say how --tune SPLIT chooses; give it too")
+    if options.beta != 1 and options.min_precision is not None:
+        raise ValueError("--beta and --min-precision are two ways to choose; give one")
     if options.batch_size < 1:
         raise ValueError(f"--batch-size: got {options.batch_size}, expected at least 1")
 

@@ -14,6 +14,8 @@ examples:
   mlfast export runs/x/best --format openvino --int8       model-int8.xml; mAP before and after on the run's own data
 """
 
+_OF_INT8 = ("calibrate", "split", "max_drop", "data", "data_root", "data_args", "images")
+
 
 def main(argv: list[str]) -> int:
     """Write a model for another runtime, verified in it."""
@@ -21,6 +23,9 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(either_dash(argv, names_of(parser)))
     if options.int8:
         return _export_int8(options)
+    given = [f"--{name}" for name in _OF_INT8 if getattr(options, name) != parser.get_default(name)]
+    if given:
+        raise ValueError(f"{', '.join(given).replace('_', '-')}: for --int8 alone; give it too, or leave them out")
     from mlfast.deploy import export_model
 
     done = export_model(options.model, options.format, options.output, fold_thresholds=options.fold_thresholds)

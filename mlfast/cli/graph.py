@@ -19,6 +19,8 @@ def main(argv: list[str]) -> int:
     from mlfast.models import conditional_probabilities, create_label_graph
 
     options, of_reader = parse(_parser(), argv)
+    if options.targets and options.root:
+        raise ValueError(f"got --targets {options.targets} and the data set {options.kind} {options.root}; give one")
     counts, names = _read_targets(options.targets) if options.targets else _read_data(options, of_reader)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # labels without neighbours are printed below
@@ -60,7 +62,10 @@ def _read_targets(path: str) -> tuple[LabelCounts, list[str]]:
 
     from mlfast.models import count_labels
 
-    counts = count_labels(torch.from_numpy(np.load(path, allow_pickle=False)))
+    targets = np.load(path, allow_pickle=False)
+    if not isinstance(targets, np.ndarray):
+        raise ValueError(f"--targets: {path} holds several arrays; save the targets [N, K] alone, as .npy")
+    counts = count_labels(torch.from_numpy(targets))
     return counts, [str(i) for i in range(len(counts.together))]
 
 
@@ -83,6 +88,7 @@ def _write_picture(graph: LabelGraph, probabilities: Tensor, names: list[str], p
         figure = draw_label_graph(graph, probabilities, names)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'mlfast graph draws with matplotlib, which is not installed: pip install "mlfast[report]"', name=error.name
+            'mlfast graph draws with matplotlib; it is missing: pip install ".[report]" in a checkout of mlfast',
+            name=error.name,
         ) from error
     figure.savefig(path, dpi=110)

@@ -26,8 +26,12 @@ def main(argv: list[str]) -> int:
 
     given = {name: value for name, value in vars(options).items() if name in _DEFAULTS and value is not None}
     settings, printed = _recipe(options.recipe, bool(given) or options.num_classes is not None)
-    num_classes = options.num_classes or _CLASSES.get(settings.get("data", "coco"), 80)
+    of_data = _CLASSES.get(settings.get("data", "coco"), 80)
+    num_classes = of_data if options.num_classes is None else options.num_classes
     settings = _DEFAULTS | settings | given
+    for name, value in (("--num-classes", num_classes), ("--image-size", settings["image_size"])):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
     graph = None if settings["graph"] == "none" else settings["graph"]
     cost = count(
         settings["backbone"],

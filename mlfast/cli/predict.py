@@ -46,6 +46,8 @@ def main(argv: list[str]) -> int:
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # too large an image is an error that names it
     files = find_images(options.images)
+    if options.draw:
+        _check_folder(options.draw, files)
     predictor = Predictor(
         options.model, threshold=options.threshold, batch_size=options.batch_size, device=options.device
     )
@@ -57,6 +59,12 @@ def main(argv: list[str]) -> int:
     if failures:
         print(f"mlfast predict: {len(failures)} of {len(files)} images could not be read", file=sys.stderr)
     return FAILED if failures else 0
+
+
+def _check_folder(folder: Path, files: list[str]) -> None:
+    """Refuse to draw where images are read: a picture has the name of its image."""
+    if folder.resolve() in {Path(file).resolve().parent for file in files}:
+        raise ValueError(f"--draw: {folder} holds images that are to be read, and could be overwritten; take another")
 
 
 def _results(predictor: Predictor, files: list[str], failures: list[str]) -> _Named:

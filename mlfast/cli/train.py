@@ -175,7 +175,8 @@ def _train_parser() -> Any:
         import jsonargparse
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f'mlfast train needs {error.name}, which is not installed: pip install "mlfast[train]"', name=error.name
+            f'mlfast train needs {error.name}, which is not installed: pip install ".[train]" in a checkout of mlfast',
+            name=error.name,
         ) from error
     from mlfast.training.config import TrainConfig, field_default, field_types
 

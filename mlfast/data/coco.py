@@ -74,7 +74,7 @@ def _decoded(sources: Sources, file: str) -> Instances:
     try:
         import msgspec
     except ModuleNotFoundError as error:
-        message = 'COCO\'s files are read with msgspec, which is not installed: pip install "mlfast[train]"'
+        message = 'COCO needs msgspec, which is not installed: pip install ".[train]" in a checkout of mlfast'
         raise ModuleNotFoundError(message, name="msgspec") from error
     from mlfast.data.coco_file import Instances
 

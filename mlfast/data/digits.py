@@ -177,7 +177,7 @@ def _load_drawings() -> tuple[np.ndarray, np.ndarray]:
     except ImportError as error:
         raise ImportError(
             "DigitScenes draws with the handwritten digits of scikit-learn, which is not installed: "
-            'pip install "mlfast[train]"'
+            'pip install ".[train]" in a checkout of mlfast'
         ) from error
     bunch = load_digits()
     return bunch.images, bunch.target

@@ -40,7 +40,9 @@ def decode(data: bytes, size: tuple[int, int] | None = None, max_pixels: int = M
     try:
         from PIL import Image, UnidentifiedImageError
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('Images need Pillow: pip install "mlfast[train]"', name="PIL") from error
+        raise ModuleNotFoundError(
+            'Images need Pillow: pip install ".[train]" in a checkout of mlfast', name="PIL"
+        ) from error
     if not data:
         raise ImageError("the file is empty")
     try:

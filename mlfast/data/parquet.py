@@ -26,7 +26,7 @@ def import_parquet() -> Any:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
-        message = 'Parquet files are read with pyarrow, which is not installed: pip install "mlfast[parquet]"'
+        message = 'Parquet needs pyarrow, which is not installed: pip install ".[parquet]" in a checkout of mlfast'
         raise ModuleNotFoundError(message, name="pyarrow") from error
     return pyarrow.parquet
 

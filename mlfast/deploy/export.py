@@ -7,6 +7,7 @@ reads the ONNX.
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import logging
 import os
@@ -116,7 +117,7 @@ def export_model(
                 f"{LIMIT:.0e}, so {path} was not written"
             )
         del runtime  # OpenVINO holds its file open
-        for file in sorted(scratch.glob(f"{path.stem}.*")):  # .bin before .xml
+        for file in sorted(scratch.glob(f"{glob.escape(path.stem)}.*")):  # .bin before .xml
             os.replace(file, path.with_suffix(file.suffix))
     return Export(path, difference, len(images))
 
@@ -231,7 +232,8 @@ def _check_format(file_format: str) -> None:
         if importlib.util.find_spec(package) is None:
             extra = _EXTRAS[file_format]
             raise ModuleNotFoundError(
-                f'export to {file_format} needs {package}: pip install "mlfast[{extra}]"', name=package
+                f'export to {file_format} needs {package}: pip install ".[{extra}]" in a checkout of mlfast',
+                name=package,
             )
 
 

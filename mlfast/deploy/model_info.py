@@ -80,6 +80,8 @@ class ModelInfo:
                 resize=values.get("resize", "squash"),
                 chosen_on=values.get("chosen_on", "") if thresholds is None else chosen_on,
             )
+        except CheckpointError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the description of the model is incomplete: {error}") from error
 

@@ -97,7 +97,7 @@ class Predictor:
         return results
 
     def stream(self, images: Iterable[Any]) -> Iterator[Prediction | ImageError]:
-        """One result for each image, in order and as soon as it is there; an image that cannot be read gives its error.
+        """One result for each image, in order, a batch at a time; an image that cannot be read gives its error.
 
         Two batches are in memory at a time: one in the model, while the next is read.
         """

@@ -73,12 +73,15 @@ def export_int8(
         ImportError: openvino or nncf is missing.
     """
     if importlib.util.find_spec("nncf") is None:
-        raise ModuleNotFoundError('int8 needs nncf: pip install "mlfast[int8]"', name="nncf")
+        raise ModuleNotFoundError('int8 needs nncf: pip install ".[int8]" in a checkout of mlfast', name="nncf")
     path = Path(folder) / "model-int8.xml" if output is None else Path(output)
     if path.suffix != ".xml":
         raise ValueError(f"output: got {path}, expected a name that ends in .xml")
     with scratch_folder(path) as scratch:
-        whole = export_model(folder, "openvino", scratch / "float32.xml", fold_thresholds=fold_thresholds).path
+        folder_of_whole = scratch / "whole"  # whatever the output is called
+        folder_of_whole.mkdir()
+        exported = export_model(folder, "openvino", folder_of_whole / "float32.xml", fold_thresholds=fold_thresholds)
+        whole = exported.path
         partial = scratch / path.name
         count = _quantize(whole, partial, calibration)
         before, after = (_metrics(file, measured) for file in (whole, partial))

@@ -108,7 +108,7 @@ class OnnxRuntime:
             import onnxruntime
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                'reading .onnx needs onnxruntime: pip install "mlfast[export]"', name="onnxruntime"
+                'reading .onnx needs onnxruntime: pip install ".[export]" in a checkout of mlfast', name="onnxruntime"
             ) from error
         try:
             self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -136,7 +136,8 @@ class OpenVinoRuntime:
             import openvino
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                'reading OpenVINO models needs openvino: pip install "mlfast[openvino]"', name="openvino"
+                'reading OpenVINO models needs openvino: pip install ".[openvino]" in a checkout of mlfast',
+                name="openvino",
             ) from error
         try:
             core = openvino.Core()

@@ -109,7 +109,7 @@ def multilabel_metrics(
     """
     check_options(interpolated=interpolated, f1=f1, absent=absent)
     score, target = checked(probabilities, targets, "probabilities")
-    limit = _checked_threshold(threshold, score)
+    limit = checked_threshold(threshold, score)
     if score.device.type == "cpu":
         per_class, of_classes = class_counts(dense_blocks(score, target), limit.expand(score.shape[1]), interpolated)
         of_images = _counts(score, target, limit)[1] if f1 == "sample" else None
@@ -251,7 +251,8 @@ def _check_values(score: torch.Tensor, target: torch.Tensor, name: str) -> None:
         )
 
 
-def _checked_threshold(threshold: float | ArrayLike, score: torch.Tensor) -> torch.Tensor:
+def checked_threshold(threshold: float | ArrayLike, score: torch.Tensor) -> torch.Tensor:
+    """One number or one per class, as a tensor like the scores [N, K], or a ValueError that says what is wrong."""
     limit = torch.as_tensor(threshold, dtype=torch.float64).detach().to(score.device)
     if limit.ndim and limit.shape != score.shape[1:]:
         raise ValueError(

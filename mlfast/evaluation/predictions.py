@@ -14,6 +14,7 @@ from mlfast.evaluation.metrics import (
     MultilabelMetrics,
     check_options,
     checked,
+    checked_threshold,
     class_counts,
     multilabel_metrics,
     summary,
@@ -26,7 +27,7 @@ class Predictions:
 
     Args:
         num_classes: K.
-        known_only: keep the entries with a known target alone, 13 bytes each, instead of 5 bytes for every entry. For
+        known_only: keep the entries with a known target alone, 17 bytes each, instead of 5 bytes for every entry. For
             data where most labels of an image are unknown: OpenImages has a dozen verified ones out of thousands.
     """
 
@@ -52,7 +53,9 @@ class Predictions:
             image, label = (target >= 0).nonzero(as_tuple=True)
             parts = [image + self.num_images, label.int(), score[image, label].float(), target[image, label] > 0]
         else:
-            parts = [score.float(), (target > 0).to(torch.int8) - (target < 0).to(torch.int8)]
+            # A copy: the caller may write the next batch where this one is.
+            own = score.to("cpu", torch.float32, copy=True)
+            parts = [own, (target > 0).to(torch.int8) - (target < 0).to(torch.int8)]
         batch = tuple(tensor.cpu() for tensor in parts)
         _check_range(batch[-2])
         self._batches.append(batch)
@@ -91,7 +94,7 @@ class Predictions:
         if not self.known_only:
             return multilabel_metrics(*self.matrices(), threshold, **options)
         check_options(**options)
-        limits = torch.as_tensor(threshold, dtype=torch.float32).expand(self.num_classes)
+        limits = checked_threshold(threshold, torch.empty(0, self.num_classes)).expand(self.num_classes)
         per_class, of_classes = class_counts(self._blocks(), limits, options.get("interpolated", False))
         image, label, score, positive = self._tensors()
         predicted = score >= limits[label]

@@ -114,7 +114,7 @@ def _choice(beta: float, min_precision: float | None) -> Callable[[Ranks], tuple
         return float(at.scores[best]), float(f[best])
 
     def recall_at_precision(at: Ranks) -> tuple[float, float]:
-        good = np.flatnonzero(at.true >= min_precision * at.predicted)
+        good = np.flatnonzero(at.true / at.predicted >= min_precision)
         if len(good) == 0:
             return np.nan, np.nan
         return float(at.scores[good[0]]), float(at.true[good[0]] / len(at.true))

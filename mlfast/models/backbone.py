@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ def create_backbone(name: str, *, pretrained: bool, image_size: int | None, argu
     try:
         import timm
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('timm is not installed: pip install "mlfast[train]"', name="timm") from error
+        raise ModuleNotFoundError(
+            'timm is not installed: pip install ".[train]" in a checkout of mlfast', name="timm"
+        ) from error
     architecture = name.split(".")[0]
     if ":" not in name and not timm.is_model(architecture):  # a colon: a hub or folder address, which timm resolves
         near = difflib.get_close_matches(architecture, timm.list_models(), n=4)
@@ -87,13 +90,12 @@ def probe_features(backbone: Any, name: str, image_size: int | None) -> tuple[in
     Raises:
         ValueError: they are neither.
     """
-    size = (64, 64)
+    usual = (image_size, image_size) if image_size else backbone.pretrained_cfg["input_size"][1:]
+    sizes = [(64, 64), usual]  # some need more than 64 pixels
     if _has_fixed_size(backbone.pretrained_cfg):
-        built_for = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
-        size = built_for or ((image_size, image_size) if image_size else backbone.pretrained_cfg["input_size"][1:])
+        sizes = [getattr(getattr(backbone, "patch_embed", None), "img_size", None) or usual]
     was_training = backbone.training
-    with torch.enable_grad():
-        features = extract_features(backbone.eval(), torch.zeros(1, 3, *size))
+    features = _features_at_first(backbone.eval(), name, sizes)
     backbone.train(was_training)
     if not isinstance(features, Tensor) or features.ndim not in (3, 4):
         got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -107,6 +109,21 @@ def probe_features(backbone: Any, name: str, image_size: int | None) -> tuple[in
             weight.requires_grad_(weight.requires_grad and weight in reached)
     is_map = features.ndim == 4
     return features.shape[1 if is_map else 2], is_map
+
+
+def _features_at_first(backbone: Any, name: str, sizes: Sequence[tuple[int, int]]) -> Any:
+    """Those of an empty image of the first size that the backbone takes."""
+    for last, size in enumerate(sizes, 1 - len(sizes)):
+        try:
+            with torch.enable_grad():
+                return extract_features(backbone, torch.zeros(1, 3, *size))
+        except (AssertionError, AttributeError, RuntimeError) as error:
+            if last == 0:
+                raise ValueError(
+                    f"backbone {name!r} does not take an image [1, 3, {size[0]}, {size[1]}]: {first_line(error)}; "
+                    "choose another image_size, other arguments, or another backbone"
+                ) from error
+    raise AssertionError("no size to try")
 
 
 def _leaves(result: Tensor) -> set[Tensor]:

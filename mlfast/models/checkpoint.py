@@ -7,11 +7,15 @@ never half of one.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
 
 from mlfast.models.classifier import MultilabelClassifier, create_model
 from mlfast.models.label_inputs import saved_label_inputs
@@ -105,27 +109,41 @@ def load_model(folder: str | Path) -> tuple[MultilabelClassifier, dict[str, Any]
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"no readable model in {folder}: {error}") from error
     _check_description(description, folder / "config.json")
-    model = create_model(
-        description["backbone"],
-        len(description["classes"]),
-        head=description["head"],
-        head_args=description.get("head_args"),  # older files have none
-        cosine=description.get("cosine", True),
-        graph=None if description.get("graph", "none") == "none" else description["graph"],
-        graph_args=description.get("graph_args"),
-        image_size=description["image_size"],
-        scale=description["scale"],
-        **saved_label_inputs(tensors),
-        # The weights are in the folder: timm must not unpickle others, wherever a config.json comes from.
-        **{key: value for key, value in description["backbone_args"].items() if key != "checkpoint_path"},
-    )
+    # The weights are in the folder: timm must not unpickle or fetch others, wherever a config.json comes from.
+    backbone_args = {k: v for k, v in description["backbone_args"].items() if k not in _OTHER_WEIGHTS}
+    try:
+        model = create_model(
+            description["backbone"],
+            len(description["classes"]),
+            head=description["head"],
+            head_args=description.get("head_args"),  # older files have none
+            cosine=description.get("cosine", True),
+            graph=None if description.get("graph", "none") == "none" else description["graph"],
+            graph_args=description.get("graph_args"),
+            image_size=description["image_size"],
+            scale=description["scale"],
+            **saved_label_inputs(tensors),
+            **backbone_args,
+        )
+    except TypeError as error:  # arguments that are none
+        raise CheckpointError(f"{folder / 'config.json'} describes no model: {error}") from error
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"the weights in {folder} do not fit {description['backbone']!r}: {error}") from error
+    for buffer, stored in ((model.mean, description["mean"]), (model.std, description["std"])):
+        _adopt(buffer, stored)
     return model.eval(), description
 
 
+def _adopt(buffer: Tensor, stored: list[float]) -> None:
+    """What the model was trained with, should timm now say something else; the file has six digits."""
+    values = torch.tensor(stored, dtype=buffer.dtype).view_as(buffer)
+    if not torch.allclose(values, buffer, rtol=0, atol=1e-6):
+        buffer.copy_(values)
+
+
+_OTHER_WEIGHTS = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
 _KINDS: dict[str, tuple[type, ...]] = {
     "backbone": (str,),
     "backbone_args": (dict,),
@@ -136,6 +154,12 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "scale": (float, int),
     "std": (list,),
 }
+_OPTIONAL_KINDS: dict[str, tuple[type, ...]] = {
+    "head_args": (dict, type(None)),
+    "cosine": (bool,),
+    "graph": (str, type(None)),
+    "graph_args": (dict, type(None)),
+}
 
 
 def _check_description(description: Any, path: Path) -> None:
@@ -143,9 +167,16 @@ def _check_description(description: Any, path: Path) -> None:
         raise CheckpointError(f"{path} holds {type(description).__name__}, expected a mapping")
     if description.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {description.get('format')}, expected {FORMAT}")
-    for key, kinds in _KINDS.items():
-        if not isinstance(description.get(key), kinds):
+    given = {key: kinds for key, kinds in _OPTIONAL_KINDS.items() if key in description}
+    for key, kinds in (_KINDS | given).items():
+        value = description.get(key)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
-            raise CheckpointError(f"{path}: {key} is {description.get(key)!r}, expected {expected}")
+            raise CheckpointError(f"{path}: {key} is {value!r}, expected {expected}")
+    for key in ("mean", "std"):
+        if len(description[key]) != 3 or not all(isinstance(x, (float, int)) for x in description[key]):
+            raise CheckpointError(f"{path}: {key} is {description[key]!r}, expected three numbers")
+    if not math.isfinite(description["scale"]):
+        raise CheckpointError(f"{path}: scale is {description['scale']!r}, expected a finite number")
     if not description["classes"] or not all(isinstance(name, str) for name in description["classes"]):
         raise CheckpointError(f"{path}: classes must be names, at least one")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mlfast.models.classifier import ConstantWeight
+from mlfast.models.errors import first_line
 from mlfast.nn.cosine_linear import CosineLinear
 from mlfast.nn.fixed_classifiers import FixedClassifiers
 from mlfast.nn.ml_decoder import FoldedMLDecoder, MLDecoder
@@ -145,6 +146,7 @@ def load_checkpoint(
     if report.share < min_match:
         raise WeightsMismatchError(report, min_match)
     _require_constants(model, report)
+    _require_edges(report)
     model.load_state_dict(fitting, strict=False)
     return report
 
@@ -167,6 +169,18 @@ def _require_constants(model: nn.Module, report: LoadReport) -> None:
         )
 
 
+def _require_edges(report: LoadReport) -> None:
+    """The label vectors of a graph must not come from the file, and its edges from elsewhere."""
+    for name in report.wrong_shape:
+        network, _, buffer = name.rpartition(".")
+        if buffer in ("edge_index", "edge_weight") and f"{network}.vectors" in report.matched:
+            raise ValueError(
+                f"{report.path} holds another label graph than the model's: {name} is {report.wrong_shape[name][1]} "
+                f"there and {report.wrong_shape[name][2]} here; nothing was loaded. Make the model with the "
+                "co-occurrence that the file's was made with"
+            )
+
+
 def _read(path: Path, allow_pickle: bool) -> Any:
     with open(path, "rb") as file:
         start = file.read(9)
@@ -179,13 +193,13 @@ def _read(path: Path, allow_pickle: bool) -> Any:
     except pickle.UnpicklingError as error:
         code = _NEEDS_CODE.search(str(error))
         if code is None:
-            raise ValueError(f"{path} is damaged, or no file of torch.save: {_first_line(error)}") from error
+            raise ValueError(f"{path} is damaged, or no file of torch.save: {first_line(error)}") from error
         raise ValueError(
             f"{path} holds more than data ({code[1]}); allow_pickle=True runs what it asks for, which is safe only if "
             "you trust whoever made the file"
         ) from error
     except Exception as error:  # a damaged file surfaces as one of many types
-        raise ValueError(f"{path} is damaged, or no file of torch.save: {_first_line(error)}") from error
+        raise ValueError(f"{path} is damaged, or no file of torch.save: {first_line(error)}") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -198,10 +212,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is a damaged safetensors file: {error}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more is known'}"
-
-
 def _state_dict(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
     """The weights inside what a file holds, without the prefixes of training wrappers, and the keys that led there."""
     keys: list[str] = []
@@ -210,7 +220,7 @@ def _state_dict(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
             content = content.state_dict()
         if not isinstance(content, Mapping):
             raise ValueError(f"{path} holds no state dict but {type(content).__name__}")
-        key = next((key for key in _WRAPPERS if isinstance(content.get(key), (Mapping, nn.Module))), None)
+        key = next((key for key in _WRAPPERS if _holds_tensors(content.get(key))), None)
         if key is None:
             break
         keys.append(key)
@@ -219,6 +229,13 @@ def _state_dict(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
     if not tensors:
         raise ValueError(f"{path} holds no state dict; its keys are {sorted(map(str, content))[:_NAMES_SHOWN]}")
     return ".".join(keys), {_TRAINING_PREFIX.sub("", name): tensor for name, tensor in tensors.items()}
+
+
+def _holds_tensors(content: Any) -> bool:
+    """Whether there is a weight somewhere inside: an average may be there in name alone."""
+    if isinstance(content, Mapping):
+        return any(isinstance(value, Tensor) or _holds_tensors(value) for value in content.values())
+    return isinstance(content, nn.Module)
 
 
 # ------------------------------------------------------------------------------------------------------------ matching

@@ -120,7 +120,12 @@ class _Walk:
         except NotSwappedError as reason:
             self.findings.append(Finding(name, kind, "", str(reason)))
             return module
-        except (AttributeError, TypeError, ValueError) as error:  # a namesake of another form, or with other options
+        except (
+            AttributeError,
+            IndexError,
+            TypeError,
+            ValueError,
+        ) as error:  # a namesake of another form, or with other options
             self.findings.append(Finding(name, kind, "", f"it has not the known form: {error}"))
             return module
         self.findings.append(Finding(name, kind, type(new).__name__, note))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -95,7 +97,7 @@ class GATN(nn.Module):
     @torch.no_grad()
     def fold(self) -> FixedClassifiers:
         """A copy for inference with the classifiers computed once; weights that are loaded later do not reach it."""
-        return FixedClassifiers(self.represent(), self.cosine)
+        return FixedClassifiers(copy.deepcopy(self).eval().represent(), self.cosine)
 
     def extra_repr(self) -> str:
         """The number of labels and of pairs that are linked at first, for ``repr``."""

@@ -72,6 +72,8 @@ class MLDecoder(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(in_features, num_classes, num_groups, embed_dim, num_heads)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"MLDecoder: dropout must be in [0, 1), got {dropout}")
         if bias is None:
             bias = not cosine
         if negative_slope is None:

@@ -158,11 +158,14 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
 class GroupFC(nn.Module):
     """The loop of ML-Decoder over its groups as one product, with its call: the result is written into ``out_extrap``.
 
-    Shape: h ``[B, L, D]``, duplicate_pooling ``[L, D, f]``, out_extrap ``[B, L, f]``.
+    Shape: h ``[B, L, D]``, duplicate_pooling ``[L, D, f]``, or ``[D, f]`` for all groups, out_extrap ``[B, L, f]``.
     """
 
     def forward(self, h: Tensor, duplicate_pooling: Tensor, out_extrap: Tensor) -> None:
         """Write the products."""
+        if duplicate_pooling.dim() == 2:
+            out_extrap.copy_(h @ duplicate_pooling)
+            return
         groups, _, slots = duplicate_pooling.shape
         products = group_linear(h, duplicate_pooling, num_classes=groups * slots)
         out_extrap.copy_(products.view(-1, groups, slots))
@@ -172,8 +175,10 @@ def group_fc(module: Any) -> tuple[nn.Module, str]:
     """Alibaba's group fully-connected layer, where it is a module rather than a TorchScript class."""
     _require_attributes(module, set(), {"embed_len_decoder"})
     new = GroupFC()
-    h, weight = torch.linspace(-1, 1, 24).view(2, 3, 4), torch.linspace(-1, 2, 24).view(3, 4, 2)
-    theirs, ours = torch.zeros(2, 3, 2), torch.zeros(2, 3, 2)
+    groups = getattr(module, "embed_len_decoder", 3)
+    h = torch.linspace(-1, 1, 8 * groups).view(2, groups, 4)
+    weight = torch.linspace(-1, 2, 8 * groups).view(groups, 4, 2)
+    theirs, ours = torch.zeros(2, groups, 2), torch.zeros(2, groups, 2)
     with torch.no_grad():
         module(h, weight, theirs)
         new(h, weight, ours)

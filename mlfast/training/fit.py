@@ -219,7 +219,8 @@ def _check_packages(packages: Sequence[str] = _PACKAGES, extra: str = "train") -
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(
-                f'training needs {package}, which is not installed: pip install "mlfast[{extra}]"', name=package
+                f'training needs {package}, which is not installed: pip install ".[{extra}]" in a checkout of mlfast',
+                name=package,
             )
 
 

@@ -81,7 +81,8 @@ def _tensorboard_writer(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ModuleNotFoundError(
-            'tensorboard: true needs tensorboard: pip install "mlfast[tensorboard]"', name="tensorboard"
+            'tensorboard: true needs tensorboard: pip install ".[tensorboard]" in a checkout of mlfast',
+            name="tensorboard",
         ) from error
     return SummaryWriter(str(folder))
 

@@ -285,7 +285,8 @@ def _optuna() -> Any:
         import optuna
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'mode tpe needs optuna, which is not installed: pip install "mlfast[tune]"', name="optuna"
+            'mode tpe needs optuna, which is not installed: pip install ".[tune]" in a checkout of mlfast',
+            name="optuna",
         ) from error
     optuna.logging.disable_default_handler()
     return optuna

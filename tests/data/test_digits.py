@@ -237,7 +237,7 @@ def test_missing_scikit_learn_names_the_command(monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without_sklearn)
-    with pytest.raises(ImportError, match=r'pip install "mlfast\[train\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[train\]" in a checkout of mlfast'):
         DigitScenes(size=2)
 
 

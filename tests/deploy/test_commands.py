@@ -79,7 +79,7 @@ def test_a_run_is_not_its_model(command, pictures, tmp_path, capsys):
     [
         ["predict", "absent", "x.png", "--batch_size=3"],
         ["evaluate", "absent", "--per_class", "--batch_size", "3", "--tune", "val", "--min_precision=0.9"],
-        ["export", "absent", "--fold_thresholds", "--max_drop=2", "--data_args={}"],
+        ["export", "absent", "--fold_thresholds", "--int8", "--format=openvino", "--max_drop=2", "--data_args={}"],
         ["bench", "--deployed", "absent", "--batch_size", "4"],
     ],
 )
@@ -157,6 +157,7 @@ def test_export(tuned_folder, tmp_path, capsys):
     [
         (["predict", "MODEL", "absent/*.jpg"], "absent/*.jpg: no file or folder matches"),
         (["predict", "MODEL", "IMAGE", "--threshold", "2"], "threshold: got 2.0"),
+        (["predict", "MODEL", "IMAGE", "--draw", "."], "--draw: . holds images that are to be read"),
         (["predict", "absent", "IMAGE"], "absent does not exist"),
         (["predict", "model.pt", "IMAGE"], "refused"),
         (["evaluate", "IMAGE", "--data", "digits"], "is not a model"),
@@ -167,7 +168,12 @@ def test_export(tuned_folder, tmp_path, capsys):
         (["evaluate", "MODEL", "--data", "csv", "--data_args", "3"], "expected a mapping such as"),
         (["evaluate", "MODEL", "--data", "digits", "--split", "test"], "split: got 'test'"),
         (["evaluate", "MODEL", "--data", "digits", "--beta", "2"], "say how --tune SPLIT chooses"),
+        (
+            ["evaluate", "MODEL", "--data", "digits", "--tune", "val", "--beta", "2", "--min-precision", "0.5"],
+            "give one",
+        ),
         (["export", "MODEL", "--int8"], "--int8 is for --format openvino"),
+        (["export", "MODEL", "--max-drop", "2", "--images", "3"], "--max-drop, --images: for --int8 alone"),
         (["bench", "--deployed", "MODEL", "--runtimes", "tensorrt"], "--runtimes: got 'tensorrt'"),
         (["evaluate", "IMAGE", "--tune", "val"], "is not a model folder"),
         (["export", "absent"], "absent does not exist; expected a model"),

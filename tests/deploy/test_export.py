@@ -181,6 +181,12 @@ def test_thresholds_at_the_ends_fold_to_finite_logits():
     assert (probabilities[:, 0] > 0.5).all() and (probabilities[:, 2] < 0.5).all()
 
 
+def test_any_name_of_the_file(model_folder, tmp_path):
+    path = tmp_path / "a[1]*.pt2"
+    assert export_model(model_folder[0], "torch", path).path == path
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
 def test_wrong_use(model_folder, tmp_path):
     folder = model_folder[0]
     with pytest.raises(ValueError, match="file_format: got 'tflite', expected one of 'onnx', 'openvino', 'torch'"):
@@ -200,7 +206,9 @@ def test_a_place_that_cannot_be_written_is_named(model_folder, tmp_path, monkeyp
 
 def test_a_missing_package_is_named(model_folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r'needs openvino: pip install "mlfast\[openvino\]"|needs onnx'):
+    with pytest.raises(
+        ModuleNotFoundError, match=r'needs openvino: pip install "\.\[openvino\]" in a checkout of mlfast|needs onnx'
+    ):
         export_model(model_folder[0], "openvino")
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 import mlfast
 from mlfast.data.images import ImageError
 from mlfast.deploy import Predictor
-from mlfast.models.checkpoint import CheckpointError
+from mlfast.models.checkpoint import CheckpointError, load_model
 
 
 def probabilities(predictions):
@@ -102,10 +102,25 @@ def test_a_pickle_is_refused_unread(tmp_path, model_folder):
     torch.save(Evil(mark), tmp_path / "evil.pth")
     folder = shutil.copytree(model_folder[0], tmp_path / "best")
     description = json.loads((folder / "config.json").read_text())
-    description["backbone_args"] = {"checkpoint_path": str(tmp_path / "evil.pth")}
-    (folder / "config.json").write_text(json.dumps(description))
-    Predictor(folder)
-    assert not mark.exists()
+    overlay = {"file": str(tmp_path / "evil.pth")}
+    for other_weights in (
+        {"checkpoint_path": str(tmp_path / "evil.pth")},
+        {"pretrained": True, "pretrained_cfg_overlay": overlay},
+        {"pretrained": True, "pretrained_cfg": overlay},
+    ):
+        (folder / "config.json").write_text(json.dumps(description | {"backbone_args": other_weights}))
+        Predictor(folder)
+        assert not mark.exists()
+
+
+def test_statistics_are_those_that_were_saved(tmp_path, model_folder, arrays):
+    folder = shutil.copytree(model_folder[0], tmp_path / "best")
+    description = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(description | {"mean": [0.1, 0.2, 0.3], "std": [1, 0.5, 2]}))
+    model, _ = load_model(folder)
+    assert model.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert model.std.flatten().tolist() == [1, 0.5, 2]
+    assert abs(Predictor(folder)(arrays[0]).probabilities - model_folder[2][0]).max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -136,7 +151,12 @@ def test_what_is_no_model(tmp_path, name, content, message):
         ({"classes": None}, "classes is None, expected list"),
         ({"classes": [1]}, "classes must be names"),
         ({"scale": "x"}, "scale is 'x', expected float or int"),
-        ({"mean": [1]}, "contradicts itself"),
+        ({"scale": float("nan")}, "scale is nan, expected a finite number"),
+        ({"cosine": "no"}, "cosine is 'no', expected bool"),
+        ({"image_size": True}, "image_size is True, expected int"),
+        ({"head_args": [1]}, r"head_args is \[1\], expected dict or NoneType"),
+        ({"backbone_args": {"head": "gap"}}, "describes no model: .* multiple values for keyword argument 'head'"),
+        ({"mean": [1]}, r"mean is \[1\], expected three numbers"),
         ({"resize": "letterbox"}, "contradicts itself"),
         ({"std": [0, 1, 1]}, "contradicts itself"),
     ],

@@ -29,6 +29,23 @@ def same(mine, expected):
 
 
 @pytest.mark.parametrize("known_only", [False, True])
+def test_the_callers_buffer_may_be_used_again(known_only):
+    scores, targets = split(40, 5, 0.2)
+    buffer, predictions = np.empty((10, 5), np.float32), Predictions(5, known_only)
+    for some_scores, some_targets in zip(scores.split(10), targets.split(10), strict=True):
+        buffer[:] = some_scores
+        predictions.add(buffer, some_targets)
+    same(predictions.metrics(), multilabel_metrics(scores, targets))
+
+
+@pytest.mark.parametrize("known_only", [False, True])
+@pytest.mark.parametrize(("threshold", "message"), [(float("nan"), "got nan"), ([0.5, 0.5], r"got shape \(2,\)")])
+def test_wrong_thresholds_are_named(known_only, threshold, message):
+    with pytest.raises(ValueError, match=f"threshold: {message}"):
+        collected(*split(238, 5, 0.1), known_only).metrics(threshold)
+
+
+@pytest.mark.parametrize("known_only", [False, True])
 @pytest.mark.parametrize("unknown", [0.0, 0.9])
 @pytest.mark.parametrize("options", [{}, {"f1": "macro", "absent": "zero"}, {"f1": "sample", "interpolated": True}])
 def test_batches_come_to_the_whole(known_only, unknown, options):

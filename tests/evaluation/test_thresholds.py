@@ -97,6 +97,14 @@ def test_options_out_of_range(option):
         tune_thresholds(SCORES, TARGETS, **option)
 
 
+def test_a_precision_is_reached_exactly():
+    """7 of 25 are 0.28, though 0.28 * 25 is more than 7 in floating point."""
+    scores = np.linspace(1, 0.04, 25, dtype=np.float32)[:, None]
+    targets = np.array([1] * 6 + [0] * 18 + [1], np.int8)[:, None]
+    found = tune_thresholds(scores, targets, min_precision=0.28)
+    assert found.values[0] == scores[-1, 0] and found.reached[0] == 1
+
+
 def test_folded_thresholds_decide_as_tuned():
     thresholds = tune_thresholds(SCORES, TARGETS).values
     logits = torch.logit(torch.tensor(SCORES))

@@ -111,6 +111,15 @@ def test_tresnets_take_sizes_that_are_no_multiple_of_their_blocks():
         torch.testing.assert_close(model(images), model(padded))
 
 
+def test_a_backbone_that_needs_more_than_64_pixels():
+    with torch.device("meta"):
+        assert create_model("inception_v4", 3, image_size=96)(torch.zeros(2, 3, 96, 96)).shape == (2, 3)
+        with pytest.raises(ValueError, match=r"'inception_v4' does not take an image \[1, 3, 32, 32\].* image_size"):
+            create_model("inception_v4", 3, image_size=32)
+        with pytest.raises(ValueError, match="'test_resnet' does not take an image"):
+            create_model("test_resnet", 3, in_chans=1)
+
+
 def test_a_backbone_without_one_feature_map_is_refused():
     message = r"'coat_tiny' gives features list, but the heads need a feature map .* choose a convolutional backbone"
     with torch.device("meta"), pytest.raises(ValueError, match=message):

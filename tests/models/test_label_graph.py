@@ -265,4 +265,4 @@ def test_the_command_names_what_is_missing(tmp_path, monkeypatch, capsys):
     np.save(tmp_path / "t.npy", TARGETS.numpy())
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # to the import system: not installed
     assert cli.main(["graph", "--targets", str(tmp_path / "t.npy"), "--out", str(tmp_path / "g.png")]) == 2
-    assert 'pip install "mlfast[report]"' in capsys.readouterr().err
+    assert 'pip install ".[report]" in a checkout of mlfast' in capsys.readouterr().err

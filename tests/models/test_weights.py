@@ -100,6 +100,27 @@ def test_an_average_over_training_comes_first(tmp_path):
     assert torch.equal(head.queries, averaged.decoder.query_embed.weight)
 
 
+@pytest.mark.parametrize("empty", [{}, {"decay": 0.99, "updates": 3}])
+def test_an_average_in_name_alone_is_passed_over(tmp_path, empty):
+    theirs, head = published.MLDecoder(), ours()
+    content = {"state_dict": theirs.state_dict(), "state_dict_ema": empty}
+    assert load_checkpoint(head, save(tmp_path, content)).source == "state_dict"
+
+
+def test_another_label_graph_is_refused(tmp_path):
+    counts = torch.full((5, 5), 2.0) + 3 * torch.eye(5)
+    first, second = (
+        mlfast.create_model(
+            "test_resnet", 5, graph="gat_reweight", label_vectors=torch.randn(5, 8), cooccurrence=matrix
+        )
+        for matrix in (counts, 4 * torch.eye(5))
+    )
+    before = {name: tensor.clone() for name, tensor in second.state_dict().items()}
+    with pytest.raises(ValueError, match=r"another label graph than the model's: .*edge_index is .*nothing was loaded"):
+        load_checkpoint(second, save(tmp_path, first.state_dict()))
+    assert unchanged(second, before)
+
+
 def test_plain_classifiers(tmp_path):
     backbone, linear = Backbone(), nn.Linear(10, 7)
     path = save(tmp_path, renamed(backbone, "") | renamed(linear, "fc."))

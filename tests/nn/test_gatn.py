@@ -83,6 +83,12 @@ def test_heads_need_not_divide_the_number_of_labels(num_classes):
     assert all(p.grad is not None for p in head.transformer.parameters())
 
 
+def test_folding_in_training_drops_nothing():
+    head = disturb(make()).train()
+    torch.testing.assert_close(head.fold().classifiers, head.eval().represent())
+    assert head.train().fold() is not None and head.training
+
+
 def test_a_step_reaches_the_graph():
     head = make().train()
     head(torch.randn(2, 6, 3, 3)).square().sum().backward()

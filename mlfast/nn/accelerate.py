@@ -9,6 +9,8 @@ from torch import nn
 
 from mlfast.nn.replacements import KNOWN, NotSwappedError, require
 
+# What a namesake of another form, or with other options, makes of being looked at.
+_OTHER_FORM = (AttributeError, IndexError, TypeError, ValueError)
 # Wrappers that looked at the parameters, or the code, of what they wrap.
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule", "RecursiveScriptModule")
 
@@ -120,12 +122,7 @@ class _Walk:
         except NotSwappedError as reason:
             self.findings.append(Finding(name, kind, "", str(reason)))
             return module
-        except (
-            AttributeError,
-            IndexError,
-            TypeError,
-            ValueError,
-        ) as error:  # a namesake of another form, or with other options
+        except _OTHER_FORM as error:
             self.findings.append(Finding(name, kind, "", f"it has not the known form: {error}"))
             return module
         self.findings.append(Finding(name, kind, type(new).__name__, note))

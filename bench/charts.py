@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench import growth, rows
+from bench import growth, readme, rows
 from bench.rows import Row
 
 MINE, LOST, LIMIT = "#1b7f5c", "#c0392b", "#444444"
@@ -92,17 +92,22 @@ def growth_curve(curve: growth.Curve) -> Figure:
 
 def summary(results: Sequence[dict[str, Any]]) -> Figure:
     """For the README: in training, how many times as fast as the fastest other contestant; a panel for each machine."""
-    panels = [[row for row in r["rows"] if rows.is_race(row) and rows.is_training(row)] for r in results]
-    size = (7 * len(panels), 0.8 + 0.2 * max(map(len, panels)))
-    figure, grid = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for axes, of_machine, result in zip(grid[0], panels, results, strict=True):
+    panels = [
+        list(readme.shown([row for row in r["rows"] if rows.is_race(row) and rows.is_training(row)])) for r in results
+    ]
+    heights = [0.6 + 0.22 * len(panel) for panel in panels]
+    figure, grid = plt.subplots(
+        len(panels), 1, figsize=(9, sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
+    )
+    for axes, of_machine, result in zip(grid[:, 0], panels, results, strict=True):
         ratios = [rows.fastest_other(row)[1] for row in of_machine]
         colors = [LOST if rows.verdict(row) == "loses" else MINE for row in of_machine]
         _bars(axes, range(len(of_machine)), ratios, color=colors)
         axes.set_yticks(range(len(of_machine)), [_label(row) for row in of_machine])
         axes.invert_yaxis()
         _mark_one(axes)
-        axes.set_title(f"{result['machine']['processor']}: forward + backward", fontsize=9)
+        about = result["machine"]
+        axes.set_title(f"{about['processor']}, commit {about['commit']}: forward + backward", fontsize=9)
         axes.set_xlabel("times as fast as the fastest other way, eager or compiled")
     return figure
 

@@ -131,17 +131,21 @@ def machines() -> dict[Path, dict[str, str]]:
     return dict(sorted(dated.items(), key=lambda item: (item[1]["date"], item[0].name), reverse=True))
 
 
-def tables() -> str:
-    """The tables of the CPU and of the GPU that were measured last, and where the others stand."""
+def shown_files() -> list[Path]:
+    """The results of the CPU and of the GPU that were measured last."""
     dated = machines()
-    latest = list(dated)
-    shown = [next((path for path in latest if is_gpu(dated[path]) is gpu), None) for gpu in (False, True)]
+    latest = (next((path for path in dated if is_gpu(dated[path]) is gpu), None) for gpu in (False, True))
+    return [path for path in latest if path]
+
+
+def tables() -> str:
+    """The tables of these, and where the others stand."""
+    shown = shown_files()
     lines = [BEGIN, ""]
-    for path in filter(None, shown):
+    for path in shown:
         lines += [*section(path), ""]
-    for path in latest:
+    for path, about in machines().items():
         if path not in shown:
-            about = dated[path]
             lines += [
                 f"Also measured: {about['processor']}, commit {about['commit']}, {about['date']}: {link(path)}.",
                 "",

@@ -41,15 +41,17 @@ def cosines_and_grads(x, weight):
     return [t.detach().double().cpu() for t in (out, *grads)]
 
 
-def largest_values(x, weight, truth):
-    """Of the result, and of what each gradient is computed from: a gradient is a vector minus its part along another.
+def largest_values(x, weight):
+    """Of what the result and each gradient are computed from, by which rounding is measured.
 
-    What is left may be as small as one pleases, and is exactly 0 where D is 1.
+    A cosine is a sum of terms that cancel; a gradient is a vector minus its part along another. What is left may be as
+    small as one pleases, and is exactly 0 where D is 1.
     """
     x, weight = x.double().cpu().reshape(-1, x.shape[-1]), weight.double().cpu()
-    incoming = torch.linspace(-0.5, 2, truth[0].numel(), dtype=torch.float64).view(len(x), len(weight))
-    scaled = incoming / x.norm(dim=1, keepdim=True) / weight.norm(dim=1)
-    return [t.abs().max().item() for t in (truth[0], scaled @ weight, scaled.t() @ x)]
+    incoming = torch.linspace(-0.5, 2, len(x) * len(weight), dtype=torch.float64).view(len(x), len(weight))
+    lengths = x.norm(dim=1, keepdim=True) * weight.norm(dim=1)
+    terms, scaled = x.abs() @ weight.abs().t() / lengths, incoming / lengths
+    return [t.abs().max().item() for t in (terms, scaled @ weight, scaled.t() @ x)]
 
 
 def assert_as_good_as_pytorch(x, weight):
@@ -59,7 +61,7 @@ def assert_as_good_as_pytorch(x, weight):
         plain = cosines_and_grads(x, weight)
         truth = cosines_and_grads(x.double(), weight.double())
     dtypes = torch.promote_types(x.dtype, torch.float32), x.dtype, weight.dtype
-    results = zip(("out", "x", "weight"), dtypes, largest_values(x, weight, truth), got, plain, truth, strict=True)
+    results = zip(("out", "x", "weight"), dtypes, largest_values(x, weight), got, plain, truth, strict=True)
     for name, dtype, largest, mine, theirs, exact in results:
         floor = max(4 * torch.finfo(dtype).eps, 1e-14) * largest  # in float64 the truth itself is rounded
         assert_error(f"{name} of {tuple(x.shape)}", mine, theirs, exact, dtype, floor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -76,11 +77,13 @@ def create_schedule(optimizer: Optimizer, config: TrainConfig, total_steps: int)
     The momentum stays as configured, or with ``config.cycle_momentum`` falls from 0.95 to 0.85 and returns, as in the
     released code.
     """
+    # A rise of exactly one step has no length, by which torch divides.
+    warmup = config.warmup * (1 + 1e-6) if math.isclose(config.warmup * total_steps, 1) else config.warmup
     return OneCycleLR(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],
         total_steps=total_steps,
-        pct_start=config.warmup,
+        pct_start=warmup,
         div_factor=_START_DIVISOR,
         final_div_factor=_END_DIVISOR,
         cycle_momentum=config.cycle_momentum,

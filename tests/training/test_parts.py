@@ -109,6 +109,19 @@ def test_learning_rate_rises_to_its_peak_and_falls(name):
     assert momenta == {0.8}
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(2, 0.5), (4, 0.25), (5, 0.2), (10, 0.1), (20, 0.05)])
+def test_a_rise_of_one_step(steps, warmup):
+    optimizer = create_optimizer(nn.Linear(2, 2), config := TrainConfig(lr=0.4, warmup=warmup))
+    schedule = create_schedule(optimizer, config, total_steps=steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.004) and rates[-1] < 1e-5
+    assert rates[1:] == sorted(rates[1:], reverse=True) and rates[1] < 0.4
+
+
 def test_the_momentum_cycles_on_request():
     optimizer = create_optimizer(nn.Linear(2, 2), config := TrainConfig(cycle_momentum=True, warmup=0.5))
     schedule = create_schedule(optimizer, config, total_steps=20)

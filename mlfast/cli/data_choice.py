@@ -52,7 +52,10 @@ class DataChoice:
         return self.splits.get(name, name)
 
     def read(self, name: str, info: ModelInfo, images: int | None = None) -> LabelledImages:
-        """The labelled images of a split, in the model's size and order of classes."""
+        """The labelled images of a split, in the model's size and order of classes.
+
+        The training split is without the images that the run held out of it: the model was not trained on them.
+        """
         from mlfast.deploy.splits import read_split
 
         split = self.split(name)
@@ -62,7 +65,8 @@ class DataChoice:
                 self.kind, self.root, whole, info, images=self.sizes.get(whole), only=only, **self.options
             )
         count = self.sizes.get(split) if images is None else images
-        return read_split(self.kind, self.root, split, info, images=count, **self.options)
+        without = self.held_out or () if split == self.split("train") else ()
+        return read_split(self.kind, self.root, split, info, images=count, without=without, **self.options)
 
 
 def chosen_data(options: argparse.Namespace, model: Path) -> DataChoice:

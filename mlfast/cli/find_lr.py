@@ -56,5 +56,9 @@ def _search(options: argparse.Namespace, settings: dict[str, object]) -> None:
             print(f"{trial.lr:8.4g}  {scores}{'  pruned' if trial.pruned else ''}")
     elif found.still_falls:
         print(f"the loss still falls at the highest rate, {found.rates[-1]:.3g}; a higher --high may find more")
-    found.draw(Path(options.picture))
-    print(f"picture: {options.picture}\nlr: {found.lr:.3g}")
+    try:
+        found.draw(Path(options.picture))
+        print(f"picture: {options.picture}")
+    except OSError as error:  # what took minutes to find is shown all the same
+        print(f"picture: none, as {options.picture} cannot be written: {error.strerror}")
+    print(f"lr: {found.lr:.3g}")

@@ -25,7 +25,7 @@ from mlfast.data.annotations import Annotations, LabelLists, PathList, Shards
 from mlfast.data.sources import Sources
 
 # Part of the key: raise it whenever a reader or the layout of the file changes.
-ANNOTATIONS_VERSION = 2
+ANNOTATIONS_VERSION = 3
 
 _LABELS = ("positive", "negative", "unknown")
 # A shard that changes again within the clock's grain keeps its stamp, so what is this young is not kept.

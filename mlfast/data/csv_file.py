@@ -5,6 +5,7 @@ Both forms of Kaggle, fastai's `fname,labels,is_valid`, and ML-Decoder's NUS-WID
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ _LABEL_COLUMNS = ("labels", "label", "tags", "finding labels")
 _SPLIT_COLUMNS = ("split", "split_name", "is_valid")
 _DELIMITERS = ("|", ";", ",")
 _VALUES = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0, "-1": -1, "-1.0": -1, "nan": -1, "": -1}
-_FASTAI = {"true": "val", "1": "val", "false": "train", "0": "train"}  # values of is_valid
+_FASTAI = {"true": "val", "1": "val", "false": "train", "0": "train"}  # values of its column is_valid
 
 
 def splits(
@@ -33,7 +34,7 @@ def splits(
         return [name[:-4] for name in sources.listing(".") if name.endswith(".csv")]
     table = _Table(sources, safe_path(file, "file"), separator)
     part = table.column("split_column", split_column, _SPLIT_COLUMNS)
-    return ["all"] if part is None else sorted({_split_of(row[part]) for _, row in table.rows})
+    return ["all"] if part is None else sorted({table.split_of(row, part) for _, row in table.rows})
 
 
 def read(
@@ -79,9 +80,9 @@ def read(
         raise AnnotationError(f"{table.place}: no column of images in {table.header}; name it with image_column.")
     part = table.column("split_column", split_column, _SPLIT_COLUMNS if one_file else ())
     label = None if class_columns else table.column("label_column", label_column, _LABEL_COLUMNS)
-    chosen = [row for row in table.rows if part is None or _split_of(row[1][part]) == split]
+    chosen = [row for row in table.rows if part is None or table.split_of(row[1], part) == split]
     if not chosen:
-        there = sorted({_split_of(row[1][part]) for row in table.rows}) if part is not None else []
+        there = sorted({table.split_of(row[1], part) for row in table.rows}) if part is not None else []
         raise AnnotationError(f"{table.place}: no row of split {split!r}; there are: {', '.join(there[:8]) or 'none'}.")
 
     def path(row: list[str]) -> str:
@@ -100,11 +101,14 @@ def read(
 
     columns = _class_columns(table, class_columns, {image, part})
     collector = Collector([table.header[c] for c in columns] if classes is None else classes, unknown_labels)
+    times = Counter(path(row) for _, row in chosen)
     for where, row in chosen:
         by_value: dict[int, list[str]] = {1: [], 0: [], -1: []}
         for c in columns:
             by_value[_value(row[c], where, table.header[c])].append(table.header[c])
-        collector.add(path(row), by_value[1], where, unknown=by_value[-1])
+        # Absent is what nobody names, so a name is needed only where another row may call it unknown.
+        negative = by_value[0] if times[path(row)] > 1 else ()
+        collector.add(path(row), by_value[1], where, negative=negative, unknown=by_value[-1])
     return collector.build("csv", split, sources, unlabelled=unlabelled)
 
 
@@ -140,9 +144,10 @@ class _Table:
         lower = [column.lower() for column in self.header]
         return next((lower.index(column) for column in usual if column in lower), None)
 
-
-def _split_of(value: str) -> str:
-    return _FASTAI.get(value.strip().lower(), value.strip())
+    def split_of(self, row: Sequence[str], column: int) -> str:
+        """The split of a row; fastai's column has true or false there, perhaps as numbers."""
+        value = row[column].strip()
+        return _FASTAI.get(value.lower(), value) if self.header[column].lower() == "is_valid" else value
 
 
 def _found_delimiter(cells: Iterable[str]) -> str:
@@ -152,10 +157,10 @@ def _found_delimiter(cells: Iterable[str]) -> str:
 
 def _labels(cell: str, delimiter: str) -> list[str]:
     """The labels of a cell: "a|b", or a list as Python writes it, "['a', 'b']"."""
-    cell = cell.strip()
+    cell, quotes = cell.strip(), ""
     if cell.startswith("[") and cell.endswith("]"):
-        cell = cell[1:-1]
-    return [name for part in cell.split(delimiter) if (name := part.strip().strip("'\"").strip())]
+        cell, quotes = cell[1:-1], "'\""
+    return [name for part in cell.split(delimiter) if (name := part.strip().strip(quotes or None).strip())]
 
 
 def _class_columns(table: _Table, given: Sequence[str] | None, others: set[int | None]) -> list[int]:

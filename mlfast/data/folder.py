@@ -42,6 +42,11 @@ def read(
     metadata = f"{split_folder}/metadata.jsonl"
     if sources.exists(metadata):
         _add_listed(collector, sources, metadata)
+    elif sources.exists(table := f"{split_folder}/metadata.csv"):
+        raise AnnotationError(
+            f"{sources.root / table} says what the images are, and kind folder reads metadata.jsonl alone; read it as "
+            f"kind csv with the options file={table} and image_folder={split_folder}, or rename it if it is no list."
+        )
     else:
         _add_found(collector, sources, split_folder)
     return collector.build("folder", split, sources)

@@ -79,13 +79,20 @@ def _to_rgb(image: Image, size: tuple[int, int] | None, max_pixels: int, draft: 
     if not 0 < pixels <= max_pixels:
         limit = f"are more than max_pixels={max_pixels}" if pixels else "hold nothing"
         raise ImageError(f"{image.width} x {image.height} pixels {limit}")
-    orientation = image.getexif().get(_ORIENTATION, 1)
+    orientation = _orientation(image)
     if size is None:
         return _turned(_rgb(image), orientation)
     height, width = reversed(size) if orientation in _SWAPS_SIDES else size
     if draft:
         image.draft(None, (width, height))
     return _turned(_rgb(image).resize((width, height), Resampling.BILINEAR, reducing_gap=2.0), orientation)
+
+
+def _orientation(image: Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # the picture may be whole where its EXIF block is damaged, which Pillow meets with any error
+        return 1
 
 
 def _rgb(image: Image) -> Image:

@@ -16,6 +16,7 @@ import numpy as np
 from mlfast.data.annotations import AnnotationError, Annotations
 from mlfast.data.collector import Collector, OnUnknownLabel, Unlabelled, checked_classes
 from mlfast.data.sources import Sources, safe_path, shown
+from mlfast.files import atomic_write
 
 
 def splits(sources: Sources, *, file: str | None = None, **_: Any) -> list[str]:
@@ -56,8 +57,8 @@ def read(
     for number, entry in enumerate(content["images"]):
         where = f"{place}: images[{number}]"
         path, positive, negative = _entry(entry, where)
-        repeated += len(positive) - len(set(positive))
         collector.add(f"{folder}/{path}" if folder else path, positive, where, negative=negative)
+        repeated += len(positive) - len(set(positive))
     if repeated:
         collector.notes.append(f"{repeated} times an image lists a label again; it counts once")
     return collector.build("json", split, sources, rest="unknown" if partial else "negative", unlabelled=unlabelled)
@@ -66,8 +67,11 @@ def read(
 def write(annotations: Annotations, path: Path) -> None:
     """Write the labels of a split as `read` takes them; known negatives are listed where anything is unknown.
 
+    The file appears only when all of it is on the disk.
+
     Raises:
         FileExistsError: there is such a file.
+        AnnotationError: a name is no valid Unicode text.
     """
     partial = annotations.rest == "unknown" or annotations.unknown is not None
     images: list[list[Any]] = []
@@ -76,8 +80,16 @@ def write(annotations: Annotations, path: Path) -> None:
         if partial:
             entry.append(_names(annotations, np.flatnonzero(annotations.targets(row) == 0)))
         images.append(entry)
-    with open(path, "x", encoding="utf-8") as file:
-        json.dump({"classes": list(annotations.classes), "images": images}, file, ensure_ascii=False)
+    text = json.dumps({"classes": list(annotations.classes), "images": images}, ensure_ascii=False)
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(error.start - 20, 0) : error.end + 20]
+        raise AnnotationError(f"{path}: a name near {near!r} is not UTF-8 and cannot be listed; rename it.") from None
+    if path.exists():
+        raise FileExistsError(f"{path} exists already")
+    with atomic_write(path) as file:
+        file.write(content)
 
 
 def _names(annotations: Annotations, classes: np.ndarray) -> list[str]:

@@ -99,7 +99,7 @@ def _sizes(folder: str) -> dict[str, int]:
 
 def strays_of(loaded: Sequence[Annotations]) -> Iterable[str]:
     """Images beside the listed ones that no split lists, by folder."""
-    if loaded[0].shards is not None or loaded[0].kind == "digits":
+    if loaded[0].shards is not None or loaded[0].kind in ("digits", "folder"):  # a folder's images are its own list
         return
     listed: dict[str, set[str]] = defaultdict(set)
     for part in loaded:

@@ -8,9 +8,9 @@ from front to back (`ShardStream`) and at any image (`ImageDataset`), and statis
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatch
 from typing import Any
 
 import numpy as np
@@ -20,18 +20,13 @@ from mlfast.data.collector import Collector, OnUnknownLabel
 from mlfast.data.folder import SUFFIXES
 from mlfast.data.sources import Sources, safe_path, shown
 
+_SHARD = re.compile(r"(.+?)-[^-]*(?:-of-\d+)?\.tar")
 _MAX_JSON_BYTES = 1 << 20
 
 
 def splits(sources: Sources, **_: Any) -> list[str]:
-    """What stands before the last dash of the shards' names."""
-    return sorted(
-        {
-            name.removesuffix(".tar").rpartition("-")[0]
-            for name in sources.listing(".")
-            if "-" in name and name.endswith(".tar")
-        }
-    )
+    """What stands before the numbers of the shards."""
+    return sorted({match[1] for name in sources.listing(".") if (match := _SHARD.fullmatch(name))})
 
 
 def read(
@@ -45,13 +40,17 @@ def read(
 
     Args:
         sources: the root folder.
-        split: the shards `<split>-*.tar`, uncompressed.
+        split: of the shards `<split>-000.tar` or `<split>-000-of-100.tar`, uncompressed.
         classes: names in order; default those of `classes.txt` (one a line), or what is found, sorted.
         unknown_labels: "error", or "ignore" and count labels that are not classes.
     """
-    shards = [name for name in sources.listing(".") if fnmatch(name, f"{split}-*.tar")]
+    found = ((name, _SHARD.fullmatch(name)) for name in sources.listing("."))
+    shards = [name for name, match in found if match and match[1] == split]
     if not shards:
-        raise AnnotationError(f"{sources.root}: no {split}-*.tar there; shards must be uncompressed.")
+        there = ", ".join(splits(sources)[:8]) or "none"
+        raise AnnotationError(
+            f"{sources.root}: no {split}-*.tar there, the splits are: {there}; shards must be uncompressed."
+        )
     if classes is None and sources.exists("classes.txt"):
         classes = [name for _, name in sources.lines("classes.txt")]
     collector = Collector(classes, unknown_labels)
@@ -79,6 +78,8 @@ def _samples(sources: Sources, shard: str) -> Iterator[tuple[str, str, tuple[int
     for where, name, member, content in _members(sources, shard):
         key, suffix = _split_name(name)
         if suffix in SUFFIXES:
+            if key in images and images[key][0] != name:
+                raise AnnotationError(f"{where}: the sample has another image, {shown(images[key][0])}; expected one.")
             images[key] = (name, (member.offset_data, member.size))
         elif suffix == ".json":
             labels[key] = _labels(content, where)
@@ -109,6 +110,11 @@ def _members(sources: Sources, shard: str) -> Iterator[tuple[str, str, tarfile.T
                     content = file.read() if file else b""
                 yield where, name, member, content
                 archive.members = []  # type: ignore[attr-defined]  # else the archive remembers every header
+            if place.stat().st_size <= archive.offset:
+                raise AnnotationError(
+                    f"{place}: it ends without the two blocks of zeros that end a tar file, so it was cut off; copy it "
+                    f"again (or, if it is whole, add them: head -c 1024 /dev/zero >> {place.name})."
+                )
     except tarfile.TarError as error:
         raise AnnotationError(f"{place}: not a whole uncompressed tar file ({error}).") from None
 

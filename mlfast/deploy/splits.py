@@ -38,6 +38,7 @@ def read_split(
     *,
     images: int | None = None,
     only: Sequence[str] | None = None,
+    without: Sequence[str] = (),
     **options: Any,
 ) -> LabelledImages:
     """The images of a split at the size of the model, without augmentation.
@@ -49,6 +50,7 @@ def read_split(
         info: of the model. Its classes are those that are read, in its order, unless ``options`` has ``classes``.
         images: the first so many only; None for all.
         only: of these the ones with such a name, of the digits "image 0" and so on; None for all.
+        without: names of images that are left out; a name that none has is no error.
         options: of the kind's reader, see docs/data.md.
 
     Raises:
@@ -58,17 +60,25 @@ def read_split(
         if root is not None or options:
             raise ValueError("the digits are built in: they take no folder and no options")
         scenes = DigitScenes(split, images, info.image_size)
-        return scenes if only is None else scenes.subset(_named([f"image {row}" for row in range(len(scenes))], only))
+        return scenes.subset(_rows([f"image {row}" for row in range(len(scenes))], only, without))
     if "classes" in options_of(reader(kind)):
         options = {"classes": list(info.classes)} | options
     annotations = load_annotations(kind, root, split, **options)
     if images is not None:
         annotations = annotations.subset(np.arange(min(images, len(annotations))))
-    if only is not None:
-        annotations = annotations.subset(_named(annotations.paths, only))
+    if only is not None or without:
+        annotations = annotations.subset(_rows(annotations.paths, only, without))
     if info.resize == "crop":
         return ImageDataset(annotations, transform=ImageTransform(info.image_size))
     return ImageDataset(annotations, info.image_size)
+
+
+def _rows(names: Sequence[str], only: Sequence[str] | None, without: Sequence[str]) -> np.ndarray:
+    """The rows of the images that are asked for."""
+    if only is not None:
+        return _named(names, only)
+    left_out = set(without)
+    return np.array([row for row, name in enumerate(names) if name not in left_out], np.int64)
 
 
 def _named(names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mlfast.evaluation import Thresholds
-from mlfast.models.checkpoint import CheckpointError, write_text
+from mlfast.files import write_text
+from mlfast.models.checkpoint import CheckpointError
 
 NAME = "thresholds.json"
 _FORMAT = 1

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mlfast.files import atomic_write, write_text
 from mlfast.models.classifier import MultilabelClassifier, create_model
 from mlfast.models.label_inputs import saved_label_inputs
 
@@ -25,32 +23,6 @@ FORMAT = 1
 
 class CheckpointError(ValueError):
     """A checkpoint or model file that is missing, damaged or of another format; the message names the file."""
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears under ``path`` only when all of it is on the disk."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself is on the disk only after this
-    finally:
-        os.close(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, as UTF-8."""
-    with atomic_write(path) as file:
-        file.write(text.encode())
 
 
 def save_model(

@@ -2,12 +2,13 @@
 
 from mlfast.models.checkpoint import CheckpointError, load_model
 from mlfast.training.config import TrainConfig
-from mlfast.training.errors import ConfigError, Interrupted, TrainingError
+from mlfast.training.errors import ConfigError, Diverged, Interrupted, TrainingError
 from mlfast.training.fit import RunResult, fit, resume
 
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "Diverged",
     "Interrupted",
     "RunResult",
     "TrainConfig",

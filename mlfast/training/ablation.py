@@ -195,9 +195,13 @@ def _best(scores: dict[float, float]) -> float:
     return max(scores, key=lambda rate: scores[rate])
 
 
+def _folder(config: TrainConfig) -> Path:
+    return Path(config.runs_dir).expanduser() / str(config.name)
+
+
 def _finished(config: TrainConfig, metric: str) -> float | None:
     """What an earlier call reached with these settings, which the name of the run stands for."""
-    folder = Path(config.runs_dir) / str(config.name)
+    folder = _folder(config)
     if (folder / "diverged").exists():
         return 0.0
     path = folder / "metrics.jsonl"
@@ -206,11 +210,11 @@ def _finished(config: TrainConfig, metric: str) -> float | None:
 
 
 def _train(config: TrainConfig, metric: str) -> float:
-    from mlfast.training.errors import TrainingError
+    from mlfast.training.errors import Diverged
     from mlfast.training.fit import fit
 
     try:
         return float(fit(config, resume=True, quiet=True).history[-1][metric])
-    except TrainingError:
-        (Path(config.runs_dir) / str(config.name) / "diverged").touch()
+    except Diverged:
+        (_folder(config) / "diverged").touch()
         return 0.0

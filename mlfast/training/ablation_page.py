@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import mlfast
-from mlfast.models.checkpoint import atomic_write, write_text
+from mlfast.files import atomic_write, write_text
 from mlfast.training.ablation import Results, Row
 from mlfast.training.drawing import BLUE, GREEN, GREY, ORANGE, new_figure, png, tidy
 

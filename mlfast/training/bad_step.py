@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlfast.models.checkpoint import write_text
+from mlfast.files import write_text
 
 _REMEMBERED = 32  # more steps than lie between two looks at the loss
 

@@ -1,12 +1,18 @@
-"""Batch norm in a second pass over the same batch."""
+"""Batch norm's running statistics: kept as they are, or put back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that batch norm writes in training: means, variances and numbers of batches."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [buffer for module in norms for buffer in module.buffers(recurse=False)]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -170,6 +170,7 @@ class TensorBatches:
         images: uint8 ``[N, 3, H, W]``.
         targets: int8 ``[N, K]``; 1 has the label, 0 has not, -1 unknown.
         batch_size, seed, rank, world_size: as in `Rows`.
+        numbers: what each image is called in messages; by default its row.
     """
 
     mostly_unknown = False
@@ -184,7 +185,9 @@ class TensorBatches:
         seed: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        numbers: Sequence[int] | None = None,
     ) -> None:
+        self.numbers = range(len(images)) if numbers is None else numbers
         self.images = images.to(device)
         self.targets = targets.to(device)
         self.num_images = len(images)
@@ -200,7 +203,7 @@ class TensorBatches:
 
     def name(self, row: int) -> str:
         """What to call an image in a message."""
-        return f"image {row}"
+        return f"image {self.numbers[row]}"
 
     def close(self) -> None:
         """Nothing: no processes read."""

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from mlfast.files import atomic_write
 from mlfast.models import MultilabelClassifier
-from mlfast.models.checkpoint import FORMAT, CheckpointError, atomic_write
+from mlfast.models.checkpoint import FORMAT, CheckpointError
 from mlfast.models.errors import first_line
 from mlfast.training.config import TrainConfig
 

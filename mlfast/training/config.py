@@ -177,7 +177,7 @@ class TrainConfig:
     report: bool = _option(True, "Run", "write report.html at the end: one more pass over the validation images")
     tensorboard: bool = _option(False, "Run", "write TensorBoard's files beside metrics.jsonl")
     channels_last: bool = _option(True, "Run", "NHWC memory format, faster for convolutions")
-    seed: int = _option(0, "Run", "of initial weights and image order", _at_least(0))
+    seed: int = _option(0, "Run", "of initial weights and image order", _between(0, 2**63 - 1))
     deterministic: bool = _option(False, "Run", "only algorithms that repeat bit for bit, on GPUs too")
 
     def __post_init__(self) -> None:

@@ -88,7 +88,7 @@ def _digits(config: TrainConfig, share: dict[str, Any]) -> Data:
         return TensorBatches(scenes.images[rows], scenes.targets[rows], size, **share)
 
     return Data(
-        _digits_to_train(config, train.images[kept], train.targets[kept], share),
+        _digits_to_train(config, train, kept, share),
         batches(val),
         batches(train, held_out) if len(held_out) else None,
         tuple(train.classes),
@@ -99,11 +99,12 @@ def _digits(config: TrainConfig, share: dict[str, Any]) -> Data:
     )
 
 
-def _digits_to_train(config: TrainConfig, images: Tensor, targets: Tensor, share: dict[str, Any]) -> Batches:
+def _digits_to_train(config: TrainConfig, scenes: DigitScenes, kept: np.ndarray, share: dict[str, Any]) -> Batches:
     transform = _workers_transform(config)
+    images, targets = scenes.images[kept], scenes.targets[kept]
     if transform == ImageTransform():
-        return TensorBatches(images, targets, config.batch_size, seed=config.seed, **share)
-    names = [f"image {row}" for row in range(len(images))]
+        return TensorBatches(images, targets, config.batch_size, seed=config.seed, numbers=kept.tolist(), **share)
+    names = [f"image {row}" for row in kept]
     dataset = _TensorImages(images, targets, transform)
     workers = _workers(config)
     return LoaderBatches(dataset, config.batch_size, names=names, seed=config.seed, workers=workers, **share)
@@ -151,6 +152,9 @@ def _files(config: TrainConfig, share: dict[str, Any]) -> Data:
     trained, left_out = train.subset(kept), train.subset(held_out)
     if val is None and not len(left_out):
         raise ConfigError([f"held_out: {config.held_out_share:g} of {len(train)} images is none, and there is no val"])
+    _check_positives(val if val is not None else left_out, "val_split")
+    if len(left_out):
+        _check_positives(left_out, "held_out")
     return Data(
         batches(trained, augmented, config.seed),
         batches(left_out if val is None else val, ImageTransform(crop)),
@@ -160,6 +164,17 @@ def _files(config: TrainConfig, share: dict[str, Any]) -> Data:
         f"{config.data} in {config.data_root}: {_parts(len(trained), train.split, val, len(left_out))}",
         list(left_out.paths),
     )
+
+
+def _check_positives(annotations: Annotations, setting: str) -> None:
+    """No score can be computed where no image has any label."""
+    if not len(annotations.positive.indices):
+        raise ConfigError(
+            [
+                f"{setting}: none of the {len(annotations)} images of {annotations.split!r} to measure on has a label, "
+                "so there is no mAP to choose by; expected at least one"
+            ]
+        )
 
 
 def _parts(trained: int, split: str, val: Annotations | None, left_out: int) -> str:

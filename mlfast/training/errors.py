@@ -18,6 +18,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to change."""
 
 
+class Diverged(TrainingError):
+    """The loss or its gradient became NaN or infinite."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Training was stopped by Ctrl-C, and everything needed to continue is in ``run_dir``."""
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mlfast.models.checkpoint import CheckpointError, write_text
+from mlfast.files import write_text
+from mlfast.models.checkpoint import CheckpointError
 from mlfast.models.errors import first_line
 from mlfast.training.config import TrainConfig
 from mlfast.training.data_settings import HELD_OUT_FILE
@@ -70,13 +71,17 @@ def fit(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Ru
     if resume and config.name is None:
         raise ConfigError(["name: got nothing, expected the name of the run that resume is about"])
     with joined_processes(config.device) as processes:
-        runs_dir = Path(config.runs_dir)
+        runs_dir = Path(config.runs_dir).expanduser()
         had_runs = runs_dir.exists()
         if resume:
             run_dir = runs_dir / str(config.name)
             if (run_dir / "state.pt").exists():
                 _check_same_settings(config, _saved_settings(run_dir), f"{run_dir / 'config.yaml'} (or another name)")
                 return _continue(config, run_dir, processes, quiet)
+            if _has_begun(run_dir):
+                raise ConfigError(
+                    [f"name: {run_dir} holds something, but no state.pt to go on from; expected a new name"]
+                )
         else:
             run_dir = processes.gather(_new_run_dir(config) if config.name or processes.is_first else Path())[0]
         config = replace(config, name=run_dir.name)
@@ -92,7 +97,7 @@ def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
         Others: as `fit`.
     """
     _check_packages()
-    run_dir = Path(run_dir)
+    run_dir = Path(run_dir).expanduser()
     config = TrainConfig.from_dict(_saved_settings(run_dir))
     with joined_processes(config.device) as processes:
         return _continue(config, run_dir, processes, quiet)
@@ -113,7 +118,13 @@ def _saved_settings(run_dir: Path) -> dict[str, Any]:
 
     if not (run_dir / "config.yaml").is_file():
         raise CheckpointError(f"{run_dir} is not a run folder: it has no config.yaml")
-    return yaml.safe_load((run_dir / "config.yaml").read_text())
+    try:
+        settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{run_dir / 'config.yaml'} cannot be read: {first_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{run_dir / 'config.yaml'} is damaged: it holds no settings")
+    return settings
 
 
 def _check_same_settings(config: TrainConfig, saved: dict[str, Any], where: str) -> None:
@@ -244,7 +255,7 @@ def _device(name: str) -> torch.device:
 
 def _new_run_dir(config: TrainConfig) -> Path:
     """A folder without a run: the one asked for, or the next free number, which then is taken."""
-    runs = Path(config.runs_dir)
+    runs = Path(config.runs_dir).expanduser()
     if config.name is not None:
         if _has_begun(runs / config.name):
             raise ConfigError(
@@ -270,11 +281,12 @@ def _new_run_dir(config: TrainConfig) -> Path:
 def _has_begun(run_dir: Path) -> bool:
     """Whether something else than the traces of a start that failed is there."""
     try:
-        return not {path.name for path in run_dir.iterdir()} <= _TRACES
+        names = {path.name for path in run_dir.iterdir()}
     except FileNotFoundError:
         return False
     except NotADirectoryError:
         return True
+    return not {name for name in names if not name.endswith(".partial")} <= _TRACES
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlfast.models.checkpoint import CheckpointError, atomic_write, write_text
+from mlfast.files import atomic_write, write_text
+from mlfast.models.checkpoint import CheckpointError
 from mlfast.training.drawing import BLUE, GREEN, GREY, ORANGE, new_figure, png, tidy
 
 Record = dict[str, Any]

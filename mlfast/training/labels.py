@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ def graph_arguments(
 
 
 def _read(path: str, classes: Sequence[str]) -> Any:
+    path = os.path.expanduser(path)
     try:
         return np.load(path, allow_pickle=False) if path.endswith(".npy") else read_word_vectors(path, classes)
     except (OSError, ValueError) as error:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from mlfast.evaluation import Predictions
-from mlfast.models.checkpoint import atomic_write
+from mlfast.files import atomic_write
 from mlfast.training.batches import Batch
 from mlfast.training.config import TrainConfig
 from mlfast.training.drawing import BLUE, GREY, ORANGE, new_figure, png, tidy

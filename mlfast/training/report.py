@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mlfast.evaluation import MultilabelMetrics, Predictions
 from mlfast.evaluation.metrics import SCORES
+from mlfast.files import write_text
 from mlfast.models import conditional_probabilities, count_labels, create_label_graph
-from mlfast.models.checkpoint import load_model, write_text
+from mlfast.models.checkpoint import load_model
 from mlfast.training.drawing import BLUE, GREEN, GREY, ORANGE, new_figure, png, tidy
 from mlfast.training.graph_drawing import draw_label_graph
 from mlfast.training.history import Record, curves

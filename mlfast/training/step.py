@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from mlfast.training.batch_norm import uncounted_batches
+from mlfast.training.batch_norm import running_statistics, uncounted_batches
 from mlfast.training.config import TrainConfig
 from mlfast.training.distributed import ONE_PROCESS, Processes, without_averaging
-from mlfast.training.errors import TrainingError
+from mlfast.training.errors import Diverged
 from mlfast.training.sam import SAM, frozen_batch_norm_statistics
 
 Forward = Callable[[Tensor], Tensor]
@@ -56,10 +56,12 @@ class Step:
         self.sam = SAM(optimizer, config.sam_rho, config.sam_adaptive) if config.sam_rho else None
         self.scaler = torch.amp.GradScaler(self.weights[0].device.type, enabled=config.precision == "fp16")
         self.skipped = 0
+        self._statistics = running_statistics(model) if config.skip_bad_steps else []
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Move the weights once; returns the loss per image before that and the norm of the gradient, on the device."""
         self.optimizer.zero_grad()
+        statistics = [statistic.clone() for statistic in self._statistics]
         loss = self._backward(images, targets, average=self.sam is None or self.config.sam_average)
         if self.sam:
             self.sam.climb()  # does not depend on the gradient's scale, so the scaler has no part in it
@@ -70,6 +72,8 @@ class Step:
         norm = clip_grad_norm_(self.weights, self.config.clip_grad or float("inf"))
         if self.config.skip_bad_steps and self._is_bad(loss, norm):
             self.skipped += 1
+            for statistic, before in zip(self._statistics, statistics, strict=True):
+                statistic.copy_(before)
         else:
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -85,10 +89,10 @@ class Step:
         """Look whether float16 still has room for the gradient; a GPU waits for it.
 
         Raises:
-            TrainingError: it has not: every step overflows, whatever the scale, and none moves the weights.
+            Diverged: it has not: every step overflows, whatever the scale, and none moves the weights.
         """
         if self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE:
-            raise TrainingError(
+            raise Diverged(
                 f"the gradient overflows float16 even with the loss scaled to {self.scaler.get_scale():.1g}, so the "
                 "weights no longer move; try precision: bf16 or fp32, or a lower lr"
             )

@@ -108,9 +108,10 @@ def result_table(records: list[Record], best: dict[str, Any]) -> str:
 def summary(run_dir: Path, records: list[Record], best: dict[str, Any]) -> str:
     """The table and where everything lies."""
     report = f"\nreport   {run_dir / 'report.html'}" if (run_dir / "report.html").exists() else ""
+    model = run_dir / ("best" if best["epoch"] else "last")
     return (
         f"\n{result_table(records, best)}\n\n"
-        f"model    {run_dir / 'best'}\nmetrics  {run_dir / 'metrics.jsonl'}\npicture  {run_dir / 'curves.png'}{report}"
+        f"model    {model}\nmetrics  {run_dir / 'metrics.jsonl'}\npicture  {run_dir / 'curves.png'}{report}"
     )
 
 

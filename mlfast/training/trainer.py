@@ -27,7 +27,7 @@ from mlfast.training.config import TrainConfig
 from mlfast.training.distributed import ONE_PROCESS, Processes, wrap
 from mlfast.training.early_stopping import EarlyStopping
 from mlfast.training.ema import EMA
-from mlfast.training.errors import Interrupted, TrainingError
+from mlfast.training.errors import Diverged, Interrupted, TrainingError
 from mlfast.training.history import History
 from mlfast.training.interrupt import StopRequest, catch_interrupt
 from mlfast.training.loader import WaitingTime
@@ -98,8 +98,8 @@ class Trainer:
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM; the state has been saved.
-            TrainingError: the loss is not finite, float16 does not hold the gradient, or a file cannot be written. The
-                last saved state is the one before.
+            Diverged: the loss is not finite, or float16 does not hold the gradient.
+            TrainingError: a file cannot be written. Of both the last saved state is the one before.
         """
         at_start = self.epoch == self.step == 0
         num_classes = len(self.description["classes"])
@@ -250,13 +250,15 @@ class Trainer:
             raise self._diverged("loss", str(total))
         return total / max(self.step, 1)
 
-    def _diverged(self, what: str, value: str) -> TrainingError:
+    def _diverged(self, what: str, value: str) -> Diverged:
         path = self.run_dir / "bad_step.json"
         told = self.recent.write(path, self.model, self.optimizer, self.train.name)
-        return TrainingError(
+        allowed = self.config.skip_bad_steps
+        skipping = f"raise skip_bad_steps (it is {allowed})" if allowed else "leave out such steps: --skip_bad_steps N"
+        return Diverged(
             f"the {what} became {value} in epoch {self.epoch + 1}, by step {self.step} (learning rate "
             f"{self.schedule.get_last_lr()[0]:.3g}); try a lower lr (it is {self.config.lr:g}) or a longer warmup, or "
-            "leave out such steps with --skip_bad_steps N" + (f". Its images, norms and rates: {path}" if told else "")
+            f"{skipping}" + (f". Its images, norms and rates: {path}" if told else "")
         )
 
     def _no_room(self, error: OSError) -> TrainingError:

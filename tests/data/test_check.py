@@ -137,3 +137,9 @@ def test_labels_that_look_like_a_slip(write, jpeg, capsys):
     out = capsys.readouterr().out
     assert "1 class names are made of others: 'cat dog'; if blanks separate labels, read them with --delimiter" in out
     assert "1 class names differ in upper and lower case alone: 'Cat' and 'cat'" in out
+
+
+def test_copies_in_the_folders_of_several_classes_are_no_strays(write, jpeg, capsys):
+    root = write({"train/a/1.jpg": jpeg(), "train/b/1.jpg": jpeg(), "train/b/2.jpg": jpeg((1, 2, 3))})
+    assert cli.main(["data", "check", "folder", str(root), "--split", "train"]) == 0
+    assert "none of these splits" not in capsys.readouterr().out

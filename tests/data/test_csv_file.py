@@ -78,3 +78,22 @@ def test_quotes_and_separators(write, labels_of):
 def test_errors(write, text, options, message):
     with pytest.raises(AnnotationError, match=message):
         load(write, text, **options)
+
+
+def test_only_fastais_column_has_true_and_false_for_splits(write):
+    text = "image,labels,{}\n1.png,a,0\n2.png,b,1\n"
+    numbers = {"file": "train.csv", "split_column": "fold"}
+    assert list(load(write, text.format("fold"), "0", **numbers).paths) == ["1.png"]
+    with pytest.raises(AnnotationError, match="no row of split 'val'; there are: 0, 1"):
+        load(write, text.format("fold"), "val", **numbers)
+    assert list(load(write, text.format("is_valid"), "val", file="train.csv").paths) == ["2.png"]
+
+
+def test_of_two_rows_of_an_image_absent_is_stronger_than_unknown(write):
+    a = load(write, "image,cat,dog\n1.png,0,1\n1.png,-1,-1\n2.png,-1,0\n")
+    assert a.targets([0, 1]).tolist() == [[0, 1], [-1, 0]]
+
+
+def test_quotes_of_a_label_stay_outside_of_lists(write, labels_of):
+    a = load(write, "image,labels\n1.png,'t Hooft|rock 'n'\n2.png,\"['a', 'b']\"\n", delimiter="|")
+    assert labels_of(a)["1.png"] == {"'t Hooft", "rock 'n'"}

@@ -80,3 +80,11 @@ def test_nothing_there(write):
         load_annotations("folder", write({"train/a.txt": ""}), "train")
     with pytest.raises(AnnotationError, match="val does not exist"):
         load_annotations("folder", write({}), "val")
+
+
+def test_a_table_of_metadata_is_not_passed_over(write, labels_of):
+    root = write({"train/metadata.csv": "file_name,labels\nimages/1.png,a|b\n", "train/images/1.png": "x"})
+    with pytest.raises(AnnotationError, match=r"metadata.csv .* kind csv .* file=train/metadata.csv and image_f"):
+        load_annotations("folder", root, "train")
+    options = {"file": "train/metadata.csv", "image_folder": "train"}
+    assert labels_of(load_annotations("csv", root, "train", **options)) == {"train/images/1.png": {"a", "b"}}

@@ -114,3 +114,9 @@ def test_any_damage_is_an_image_error(jpeg):
             data[random.integers(0, len(data), 4)] = random.integers(0, 256, 4)
             with contextlib.suppress(ImageError):
                 decode(data.tobytes(), (8, 8))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "JPEG"])
+def test_damage_of_the_exif_block_is_no_damage_of_the_picture(jpeg, file_format):
+    whole, damaged = (jpeg(file_format=file_format, exif=exif) for exif in (b"", b"Exif\0\0garbage!"))
+    assert np.array_equal(np.asarray(decode(damaged)), np.asarray(decode(whole)))

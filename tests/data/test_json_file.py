@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from mlfast.data import AnnotationError, load_annotations
+from mlfast.data import AnnotationError, json_file, load_annotations
 
 
 def test_as_the_released_code_writes_it(write, labels_of):
@@ -67,3 +67,22 @@ def test_unknown_labels_are_counted(write):
     assert a.counts().tolist() == [1] and a.notes == ("3 labels that are not classes were left out: 'b', 'c'",)
     with pytest.raises(ValueError, match="unknown_labels: got 'drop'"):
         load_annotations("json", a.root, "t", unknown_labels="drop")
+
+
+def test_labels_that_are_no_text(write):
+    with pytest.raises(AnnotationError, match=r"images\[0\]: got the label \['a'\], expected text"):
+        load_annotations("json", write({"train.json": '{"classes": ["a"], "images": [["1.png", [["a"]]]]}'}), "train")
+
+
+def test_a_list_is_written_whole_or_not(write, tmp_path):
+    a = load_annotations(
+        "json", write({"train.json": '{"classes": ["a"], "images": [["\\udcff.png", ["a"]]]}'}), "train"
+    )
+    with pytest.raises(AnnotationError, match="is not UTF-8 and cannot be listed"):
+        json_file.write(a, tmp_path / "part.json")
+    assert not list(tmp_path.glob("part*"))
+    (tmp_path / "part.json").write_text("mine")
+    good = load_annotations("json", write({"train.json": '{"classes": ["a"], "images": [["ü.png", ["a"]]]}'}), "train")
+    with pytest.raises(FileExistsError):
+        json_file.write(good, tmp_path / "part.json")
+    assert (tmp_path / "part.json").read_text() == "mine"

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from mlfast.data import AnnotationError, ImageDataset, load_annotations
+from mlfast.data.loading import reader
+from mlfast.data.sources import Sources
 
 
 def tar(*members):
@@ -77,3 +79,28 @@ def test_damaged_and_missing_shards(write, jpeg):
             load_annotations("webdataset", write({"t-0.tar": content}), "t")
     with pytest.raises(AnnotationError, match=r"no val-\*.tar there"):
         load_annotations("webdataset", write({}), "val")
+
+
+def test_a_shard_that_was_cut_between_two_files_is_refused(write, jpeg):
+    whole = tar(("1.jpg", jpeg()), ("1.json", labels("a")), ("2.jpg", jpeg()), ("2.json", labels("a")))
+    two_files = 2 * 512 + sum(-(-len(content) // 512) * 512 for content in (jpeg(), labels("a")))
+    with pytest.raises(AnnotationError, match=r"t-0.tar: it ends without .* cut off"):
+        load_annotations("webdataset", write({"t-0.tar": whole[:two_files]}), "t")
+    assert len(load_annotations("webdataset", write({"t-0.tar": whole[: 2 * two_files] + bytes(1024)}), "t")) == 2
+
+
+def test_a_sample_has_one_image(write, jpeg):
+    shard = tar(("1.jpg", jpeg()), ("1.json", labels("a")), ("1.png", jpeg(file_format="PNG")))
+    with pytest.raises(AnnotationError, match=r"1.png: the sample has another image, '1.jpg'"):
+        load_annotations("webdataset", write({"t-0.tar": shard}), "t")
+
+
+def test_the_splits_are_those_that_can_be_read(write, jpeg):
+    shard = tar(("1.jpg", jpeg()), ("1.json", labels("a")))
+    names = ["train-00000-of-00002", "train-00001-of-00002", "train-small-000", "val-0"]
+    root = write({f"{name}.tar": shard for name in names})
+    splits = reader("webdataset").splits(Sources(root))
+    assert splits == ["train", "train-small", "val"]
+    assert [len(load_annotations("webdataset", root, split)) for split in splits] == [2, 1, 1]
+    with pytest.raises(AnnotationError, match=r"no tra-\*.tar there, the splits are: train, train-small, val"):
+        load_annotations("webdataset", root, "tra")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mlfast import cli
-from mlfast.training import TrainConfig, TrainingError, ablation
+from mlfast.training import Diverged, TrainConfig, TrainingError, ablation
 from mlfast.training.ablation import FIRST_RATES, TABLES, Ablation, Results, Row
 from mlfast.training.ablation_page import write_results
 
@@ -83,7 +83,7 @@ def test_when_the_time_is_over_a_later_call_goes_on(runs, tmp_path):
 def test_a_run_that_diverges_counts_as_nothing_and_is_not_repeated(tiny, tmp_path, monkeypatch):
     def diverges(config, **_):
         (tmp_path / config.name).mkdir()
-        raise TrainingError("the loss became nan")
+        raise Diverged("the loss became nan")
 
     monkeypatch.setattr(sys.modules["mlfast.training.fit"], "fit", diverges)
     config = tiny(runs_dir=str(tmp_path))
@@ -140,3 +140,14 @@ def test_all_configurations_are_valid():
 def test_figures_only(tmp_path):
     assert cli.main(["ablate", "--figures", "--out", str(tmp_path / "out")]) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["loss-curves.png"]
+
+
+def test_a_disk_without_room_is_no_divergence(tiny, tmp_path, monkeypatch):
+    def no_room(config, **_):
+        raise TrainingError("cannot write")
+
+    monkeypatch.setattr(sys.modules["mlfast.training.fit"], "fit", no_room)
+    config = tiny(runs_dir=str(tmp_path))
+    with pytest.raises(TrainingError, match="cannot write"):
+        ablation._train(config, "mAP")
+    assert ablation._finished(config, "mAP") is None

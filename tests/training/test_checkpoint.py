@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from mlfast.files import atomic_write, write_text
 from mlfast.models import create_model
-from mlfast.models.checkpoint import atomic_write, save_model, write_text
+from mlfast.models.checkpoint import save_model
 from mlfast.training import CheckpointError, TrainConfig, load_model
 from mlfast.training.checkpoint import describe_model, load_state, save_state
 
@@ -117,7 +118,7 @@ def test_a_process_killed_while_it_writes_leaves_the_old_state(tmp_path):
     code = f"""
 import os, torch
 from pathlib import Path
-from mlfast.models.checkpoint import atomic_write
+from mlfast.files import atomic_write
 with atomic_write(Path({str(path)!r})) as file:
     torch.save({{"epoch": 2}}, file)
     file.flush()

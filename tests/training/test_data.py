@@ -100,11 +100,15 @@ def test_data_problems_come_with_all_others():
 
 
 def test_what_only_reading_shows_is_reported_before_a_folder_appears(on_files, csv_root, tmp_path):
+    lines = (csv_root / "labels.csv").read_text().splitlines()
+    without = [",,".join(line.split(",")[::2]) if line.endswith(",val") else line for line in lines]
+    (csv_root / "empty.csv").write_text("\n".join(without))
     wrong = [
         ({"train_split": "trian", "val_split": "vla"}, r"2 problems.*\n  train_split: .*\n  val_split: "),
         ({"data_args": {"file": "labels.csv", "image_folder": "elsewhere"}}, "elsewhere/.* does not exist, nor others"),
         ({"data_args": {"file": "labels.csv", "unlabelled": "bin"}}, "data_args: .*bin"),
         ({"batch_size": 64}, "batch_size: got 64, expected at most 48"),
+        ({"data_args": {"file": "empty.csv"}}, "val_split: none of the 16 images of 'val' to measure on has a label"),
     ]
     for settings, message in wrong:
         with pytest.raises(ConfigError, match=message):

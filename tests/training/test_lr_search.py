@@ -128,5 +128,9 @@ def test_the_command(tiny, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == "lr: 0.5" and out[-2] == "picture: tpe.png" and len(out) == 4
     assert not (tmp_path / "runs").exists()
+    unwritable = ["--picture", "no/such/folder.png", "--mode", "range", "--batch_size", "8"]
+    assert cli.main(["find-lr", *unwritable, *options]) == 0  # what was found is told
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1].startswith("lr: ") and out[-2].startswith("picture: none, as no/such/folder.png cannot be written")
     assert cli.main(["find-lr", "--trials", "0"]) == 2
     assert "trials: got 0, expected at least 1" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from mlfast.training import (
     fit,
     resume,
 )
+from mlfast.training.data_settings import HELD_OUT_FILE
 from mlfast.training.trainer import Trainer
 from tests.training.runs import assert_same, at_step, fail, final_state, untimed
 
@@ -77,6 +78,27 @@ def test_auto_starts_what_has_not_begun_and_refuses_other_settings(tiny):
         fit(tiny(lr=0.2), resume=True, quiet=True)
     with pytest.raises(ConfigError, match="name: got nothing"):
         fit(tiny(name=None), resume=True, quiet=True)
+    before = {path: path.read_bytes() for path in first.run_dir.glob("*.*") if path.name != "state.pt"}
+    (first.run_dir / "state.pt").unlink()
+    with pytest.raises(ConfigError, match="name: .*tiny holds something, but no state.pt to go on from"):
+        fit(tiny(), resume=True, quiet=True)
+    assert {path: path.read_bytes() for path in first.run_dir.glob("*.*")} == before
+
+
+def test_what_a_kill_at_the_first_save_leaves_does_not_keep_the_run_from_starting(tiny):
+    run_dir = tiny_dir(tiny)
+    run_dir.mkdir(parents=True)
+    for name in ("config.yaml", "state.pt.partial"):
+        (run_dir / name).write_text("")
+    assert len(fit(tiny(epochs=1), resume=True, quiet=True).history) == 1
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe", b"text"])
+def test_damaged_settings_are_named(tiny, content):
+    run_dir = fit(tiny(epochs=1), quiet=True).run_dir
+    (run_dir / "config.yaml").write_bytes(content)
+    with pytest.raises(CheckpointError, match="config.yaml"):
+        resume(run_dir, quiet=True)
 
 
 def test_a_state_of_other_settings_is_refused(tiny):
@@ -235,6 +257,8 @@ def test_images_that_are_held_out_are_not_trained_on(tiny, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["images"] == 64 - len(seen)
     assert found["metrics"]["0.5"]["mAP"] == pytest.approx(run.best["mAP"], abs=1e-6)
+    assert cli.main(["evaluate", str(run.run_dir / "best"), "--split", "train", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == len(seen)  # without those held out
 
 
 def test_a_loss_that_is_not_finite_leaves_a_report(tiny, monkeypatch):
@@ -248,8 +272,10 @@ def test_a_loss_that_is_not_finite_leaves_a_report(tiny, monkeypatch):
 
     monkeypatch.setattr(Trainer, "_train_step", step)
     with pytest.raises(TrainingError, match=r"loss became nan .* Its images, norms and rates: .*bad_step\.json"):
-        fit(tiny(), quiet=True)
+        fit(tiny(held_out=0.5, train_images=256), quiet=True)
     report = json.loads((tiny_dir(tiny) / "bad_step.json").read_text())
+    held_out = json.loads((tiny_dir(tiny) / HELD_OUT_FILE).read_text())
     assert report["step"] == 2 and report["loss"] != report["loss"]
     assert len(report["images"]) == 16 and report["images"][0].startswith("image ")
+    assert not set(report["images"]) & set(held_out)
     assert report["weight_norms"] and report["lr"]

@@ -192,15 +192,16 @@ def test_compiled_models_can_compute_their_activations_again():
 
 @pytest.mark.parametrize("sam_rho", [0.0, 0.05])
 def test_bad_steps_are_left_out_and_counted_on_request(sam_rho):
-    step = make_step(sam_rho=sam_rho, skip_bad_steps=2)
-    before = [weight.detach().clone() for weight in step.weights]
-    step(BATCH, torch.full((8, 3), torch.nan))
-    assert all(map(torch.equal, before, step.weights))
+    step = make_step(sam_rho=sam_rho, skip_bad_steps=2, norm=True)
+    before = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
+    step(BATCH * torch.nan, TARGETS)
+    for name, tensor in step.model.state_dict().items():
+        assert torch.equal(before[name], tensor), name  # the running statistics too
     assert step.skipped == 1
     step(BATCH, TARGETS)
     assert step.skipped == 1
-    assert not torch.equal(before[0], step.weights[0])
-    assert all(weight.isfinite().all() for weight in step.weights)
+    assert not any(torch.equal(before[name], step.model.state_dict()[name]) for name in ("0.weight", "1.running_mean"))
+    assert all(tensor.isfinite().all() for tensor in step.model.state_dict().values())
 
 
 class Steep(nn.Module):

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import os
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ import numpy as np
 from mlfast.data.annotations import Annotations, LabelLists, PathList, concatenate
 from mlfast.data.cache import annotations_path, cache_folder, read_annotations, write_annotations
 from mlfast.data.sources import Sources
+from mlfast.value_types import described, has_type
 
 # kind -> the module that reads it: `read(sources, split, **options)` and `splits(sources)`.
 READERS = {
@@ -96,17 +98,21 @@ def _load(kind: str, module: ModuleType, root: Path, split: str, options: dict[s
 
 
 def check_options(kind: str, options: Mapping[str, Any]) -> None:
-    """Check that the format has these options; their values are the reader's business.
+    """Check that the format has these options, and the types of their values.
 
     Raises:
-        ValueError: there is no such kind or option.
+        ValueError: there is no such kind or option, or a value is of another type.
     """
-    known: Sequence[str] = list(options_of(reader(kind)))
-    for name in options:
+    module = reader(kind)
+    known: Sequence[str] = list(options_of(module))
+    types = typing.get_type_hints(module.read)
+    for name, value in options.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{kind} has no option {name!r}; it has: {', '.join(known) or 'none'}.{hint}")
+        if not has_type(value, types[name]):
+            raise ValueError(f"{name}: got {value!r}, expected {described(types[name])}")
 
 
 def _digits(split: str, cache_dir: str | os.PathLike[str] | None, options: dict[str, Any]) -> Annotations:

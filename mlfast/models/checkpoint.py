@@ -148,7 +148,7 @@ def _check_description(description: Any, path: Path) -> None:
     for key in ("mean", "std"):
         if len(description[key]) != 3 or not all(isinstance(x, (float, int)) for x in description[key]):
             raise CheckpointError(f"{path}: {key} is {description[key]!r}, expected three numbers")
-    if not math.isfinite(description["scale"]):
-        raise CheckpointError(f"{path}: scale is {description['scale']!r}, expected a finite number")
+    if not 0 < description["scale"] < math.inf:
+        raise CheckpointError(f"{path}: scale is {description['scale']!r}, expected a finite number above 0")
     if not description["classes"] or not all(isinstance(name, str) for name in description["classes"]):
         raise CheckpointError(f"{path}: classes must be names, at least one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -196,7 +197,7 @@ def create_model(
             ``"gatn"`` make the classifiers of the graph: here they mean the heads of these names.
         graph_args: arguments for the `mlfast.GraphBranch` of a ``graph`` that is named, such as ``{"sigmoid": False}``.
         label_vectors: an array [K, N], one vector per label, for whatever is made of a graph; by default
-            `mlfast.models.cooccurrence_vectors` of ``cooccurrence``.
+            `mlfast.models.cooccurrence_vectors` of ``cooccurrence``. Other heads, without a named graph, ignore both.
         cooccurrence: which labels occur together in the training images: what `mlfast.models.count_labels` gives, a
             matrix [K, K] of image counts, or the result of `mlfast.models.create_label_graph`. ``"gatn"`` needs it only
             where there are no ``label_vectors``.
@@ -239,6 +240,8 @@ def create_model(
         _check_graph(graph, channels, backbone)
     if scale is None:
         scale = 23.0 if cosine else 1.0
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be above 0 and finite, got {scale}")
     mean, std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
     return MultilabelClassifier(body, classifier, pooled=head == "gap", graph=graph, scale=scale, mean=mean, std=std)
 

@@ -83,9 +83,13 @@ def create_branch(name: str, labels: LabelInputs, channels: int, arguments: Mapp
     if name not in REWEIGHTING:
         known = ", ".join(map(repr, (*REWEIGHTING, *LABEL_HEADS)))
         raise ValueError(f"unknown graph {name!r}; available: {known}, or a module")
+    if "kind" in arguments:
+        raise ValueError(
+            f"graph_args: got kind={arguments['kind']!r}, which the graph {name!r} itself says; leave it out"
+        )
     matrix = labels.graph
     try:
-        return GraphBranch(labels.vectors, matrix, channels, **{"kind": REWEIGHTING[name], **arguments})
+        return GraphBranch(labels.vectors, matrix, channels, kind=REWEIGHTING[name], **arguments)
     except TypeError as error:
         raise ValueError(f"graph {name!r} does not take these arguments {sorted(arguments)}: {error}") from error
 

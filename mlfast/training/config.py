@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
-import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -17,6 +15,7 @@ from typing import Any, Literal
 
 from mlfast.training.data_settings import DEFAULT_DIGITS, data_problems
 from mlfast.training.errors import ConfigError
+from mlfast.value_types import described, has_type
 
 Rule = tuple[str, Callable[[Any], bool]]
 
@@ -302,30 +301,9 @@ _CONFLICTS: dict[tuple[str, ...], Callable[..., str]] = {
 
 
 def _problem(name: str, value: Any) -> str | None:
-    if not _has_type(value, _TYPES[name]):
-        return f"{name}: got {value!r}, expected {_describe(_TYPES[name])}"
+    if not has_type(value, _TYPES[name]):
+        return f"{name}: got {value!r}, expected {described(_TYPES[name])}"
     rule = _FIELDS[name].metadata["rule"]
     if rule and value is not None and not rule[1](value):
         return f"{name}: got {value!r}, expected {rule[0]}"
     return None
-
-
-def _has_type(value: Any, kind: Any) -> bool:
-    if typing.get_origin(kind) is Literal:
-        return value in typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
-        return any(_has_type(value, part) for part in typing.get_args(kind))
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, typing.get_origin(kind) or kind)
-
-
-def _describe(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    if isinstance(kind, types.UnionType):
-        return " or ".join(_describe(part) for part in typing.get_args(kind))
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "nothing"}
-    return names.get(kind, "a mapping")

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlfast.data import load_annotations
 from mlfast.data.annotations import Annotations, LabelLists, PathList, _pair_counts, concatenate
 
 
@@ -107,3 +108,17 @@ def test_concatenate():
         concatenate([first, first])
     with pytest.raises(ValueError, match="cannot be joined"):
         concatenate([first, from_dense([[1, 0, 0]], split="x")])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"delimiter": 3}, "^delimiter: got 3, expected text or nothing"),
+        ({"image_suffix": None}, "^image_suffix: got None, expected text"),
+        ({"classes": "abc"}, "^classes: got 'abc', expected a list or nothing"),
+        ({"unlabelled": "bin"}, "^unlabelled: got 'bin', expected one of keep, drop"),
+    ],
+)
+def test_values_of_another_type_are_named_before_a_file_is_read(tmp_path, option, message):
+    with pytest.raises(ValueError, match=message):
+        load_annotations("csv", tmp_path, "train", **option)

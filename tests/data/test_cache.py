@@ -1,4 +1,4 @@
-import inspect
+import functools
 import json
 import os
 import warnings
@@ -22,8 +22,7 @@ def reads(monkeypatch):
     """Counts how often the files are really read."""
     calls = []
     real = json_file.read
-    monkeypatch.setattr(json_file, "read", lambda *a, **k: calls.append(a) or real(*a, **k))
-    json_file.read.__signature__ = inspect.signature(real)
+    monkeypatch.setattr(json_file, "read", functools.wraps(real)(lambda *a, **k: calls.append(a) or real(*a, **k)))
     return calls
 
 

@@ -97,6 +97,12 @@ def test_backbone_arguments_reach_timm():
         create_model("test_resnet", 3, nonsense=1)
 
 
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_turns_scores_round_is_refused(scale):
+    with pytest.raises(ValueError, match="scale must be above 0 and finite, got"):
+        create_model("test_resnet", 3, scale=scale)
+
+
 def test_a_backbone_whose_pooling_cannot_be_left_out():
     with torch.device("meta"):
         assert create_model("efficientvit_b0", 3, cosine=False).classifier.in_features == 128

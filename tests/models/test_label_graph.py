@@ -188,6 +188,8 @@ def test_what_does_not_fit_is_named():
         ValueError, match=r"label vectors are missing: pass label_vectors=, an array .* or cooccurrence=ml"
     ):
         make("gatn", cooccurrence=None)
+    with pytest.raises(ValueError, match="graph_args: got kind='gcn', which the graph 'gat_reweight' itself says"):
+        make(graph="gat_reweight", graph_args={"kind": "gcn"})
     with pytest.raises(ValueError, match=r"graph 'gat_reweight' does not take these arguments \['nonsense'\]"):
         make(graph="gat_reweight", graph_args={"nonsense": 1})
     with pytest.raises(ValueError, match=r"graph_args are for a graph that is named, got \['sigmoid'\] and graph=None"):

@@ -80,7 +80,7 @@ def test_auto_starts_what_has_not_begun_and_refuses_other_settings(tiny):
         fit(tiny(name=None), resume=True, quiet=True)
     before = {path: path.read_bytes() for path in first.run_dir.glob("*.*") if path.name != "state.pt"}
     (first.run_dir / "state.pt").unlink()
-    with pytest.raises(ConfigError, match="name: .*tiny holds something, but no state.pt to go on from"):
+    with pytest.raises(ConfigError, match=r"name: .*tiny holds something, but no state.pt to go on from"):
         fit(tiny(), resume=True, quiet=True)
     assert {path: path.read_bytes() for path in first.run_dir.glob("*.*")} == before
 
@@ -97,7 +97,7 @@ def test_what_a_kill_at_the_first_save_leaves_does_not_keep_the_run_from_startin
 def test_damaged_settings_are_named(tiny, content):
     run_dir = fit(tiny(epochs=1), quiet=True).run_dir
     (run_dir / "config.yaml").write_bytes(content)
-    with pytest.raises(CheckpointError, match="config.yaml"):
+    with pytest.raises(CheckpointError, match=r"config\.yaml"):
         resume(run_dir, quiet=True)
 
 

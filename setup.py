@@ -124,7 +124,7 @@ def ninja_file(target: Path, folder: Path, nvcc: str | None, why_no_cuda: str) -
         rules.append(ninja_rule("cuda", f"{quote(nvcc)} -ccbin {cxx} {flags}"))
     else:
         defines = [define("MLFAST_WHY_NO_CUDA", why_no_cuda)]
-    rules.append(ninja_rule("cxx", " ".join([cxx, *cxx_flags(), *defines])))
+    rules.append(ninja_rule("cxx", " ".join([cxx, *cxx_flags(), "$defines"])))
     link += f" -o $out $in {os.environ.get('LDFLAGS', '')}"
     rules.append(f"rule link\n  command = {link}\n  description = link $out\n")
     objects = [folder / source.relative_to(ROOT).with_suffix(source.suffix + ".o") for source in sources]
@@ -132,6 +132,7 @@ def ninja_file(target: Path, folder: Path, nvcc: str | None, why_no_cuda: str) -
         f"build {escape(obj)}: {'cuda' if source.suffix == '.cu' else 'cxx'} {escape(source)}"
         for source, obj in zip(sources, objects, strict=True)
     ]
+    builds.insert(1, f"  defines = {' '.join(defines)}")  # only the bindings know whether there is CUDA
     builds.append(f"build {escape(target)}: link {' '.join(map(escape, objects))}")
     return "\n".join([*rules, *builds, ""])
 

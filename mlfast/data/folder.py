@@ -12,9 +12,8 @@ from typing import Any
 
 from mlfast.data.annotations import AnnotationError, Annotations
 from mlfast.data.collector import Collector, OnUnknownLabel
+from mlfast.data.images import SUFFIXES
 from mlfast.data.sources import Sources, safe_path, shown
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def splits(sources: Sources, **_: Any) -> list[str]:

@@ -10,6 +10,9 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# Of files that are taken for images where nothing names them one by one.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".pnm", ".ppm")
+
 # Pillow's own limit; it would only warn.
 MAX_PIXELS = 89_478_485
 

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from mlfast.data.annotations import Annotations
-from mlfast.data.folder import SUFFIXES
-from mlfast.data.images import ImageError, decode
+from mlfast.data.images import SUFFIXES, ImageError, decode
 from mlfast.data.shards import read_image
 
 _NAMED = 10  # names of a problem that are printed

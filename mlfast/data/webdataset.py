@@ -17,7 +17,7 @@ import numpy as np
 
 from mlfast.data.annotations import AnnotationError, Annotations, Shards
 from mlfast.data.collector import Collector, OnUnknownLabel
-from mlfast.data.folder import SUFFIXES
+from mlfast.data.images import SUFFIXES
 from mlfast.data.sources import Sources, safe_path, shown
 
 _SHARD = re.compile(r"(.+?)-[^-]*(?:-of-\d+)?\.tar")

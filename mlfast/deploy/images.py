@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlfast.data.images import MAX_PIXELS, ImageError, decode, to_rgb
+from mlfast.data.images import MAX_PIXELS, SUFFIXES, ImageError, decode, to_rgb
 from mlfast.data.transforms import crop_to
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"])
 _MAX_BYTES = 1 << 29
 
 

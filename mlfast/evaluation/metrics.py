@@ -137,7 +137,6 @@ def summary(
     of_classes: np.ndarray,
     of_images: np.ndarray | None,
     *,
-    interpolated: bool = False,
     f1: str = "harmonic",
     absent: str = "exclude",
 ) -> MultilabelMetrics:

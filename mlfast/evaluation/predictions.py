@@ -89,13 +89,15 @@ class Predictions:
         _, label, _, positive = self._tensors()
         return torch.bincount(label[positive], minlength=self.num_classes).numpy()
 
-    def metrics(self, threshold: float | ArrayLike = 0.5, **options: Any) -> MultilabelMetrics:
-        """`multilabel_metrics` of everything; ``options`` are its keyword arguments."""
+    def metrics(
+        self, threshold: float | ArrayLike = 0.5, *, interpolated: bool = False, **options: Any
+    ) -> MultilabelMetrics:
+        """`multilabel_metrics` of everything; all others are its keyword arguments."""
         if not self.known_only:
-            return multilabel_metrics(*self.matrices(), threshold, **options)
-        check_options(**options)
+            return multilabel_metrics(*self.matrices(), threshold, interpolated=interpolated, **options)
+        check_options(interpolated=interpolated, **options)
         limits = checked_threshold(threshold, torch.empty(0, self.num_classes)).expand(self.num_classes)
-        per_class, of_classes = class_counts(self._blocks(), limits, options.get("interpolated", False))
+        per_class, of_classes = class_counts(self._blocks(), limits, interpolated)
         image, label, score, positive = self._tensors()
         predicted = score >= limits[label]
         masks = predicted & positive, predicted, positive

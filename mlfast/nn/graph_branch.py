@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import elu, leaky_relu
 
 from mlfast.graph import Graph
+from mlfast.integers import sizes
 from mlfast.nn.graph_attention import GraphAttention
 
 KINDS = ("gat", "gcn")
@@ -24,6 +25,7 @@ class GraphConvolution(nn.Module):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
+        in_features, out_features = sizes("GraphConvolution", in_features=in_features, out_features=out_features)
         self.weight = nn.Parameter(torch.empty(in_features, out_features))
         nn.init.uniform_(self.weight, -(out_features**-0.5), out_features**-0.5)
 
@@ -82,9 +84,9 @@ class LabelNetwork(nn.Module):
         self.register_buffer("edge_index", edge_index)  # sources j, targets i
         self.register_buffer("edge_weight", edge_weight)
         self.graph = self._build_graph()
-        sizes = ((vectors.shape[1], hidden_features), (hidden_features, out_features))
+        widths = ((vectors.shape[1], hidden_features), (hidden_features, out_features))
         layers = [
-            GraphAttention(*size, dropout=dropout) if kind == "gat" else GraphConvolution(*size) for size in sizes
+            GraphAttention(*width, dropout=dropout) if kind == "gat" else GraphConvolution(*width) for width in widths
         ]
         self.layers = nn.ModuleList(layers)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlfast.integers import sizes
+from mlfast.integers import integer, sizes
 from mlfast.nn.attention import attend, input_projection, output_projection
 from mlfast.nn.group_linear import GroupLinear
 
@@ -57,19 +57,23 @@ class Query2Label(nn.Module):
         cosine: bool = True,
     ) -> None:
         super().__init__()
-        in_features, num_classes, num_heads, decoder_layers = sizes(
+        width = in_features if embed_dim is None else embed_dim
+        inner = 4 * width if feedforward_dim is None else feedforward_dim
+        in_features, num_classes, num_heads, decoder_layers, width, inner = sizes(
             "Query2Label",
             in_features=in_features,
             num_classes=num_classes,
             num_heads=num_heads,
             decoder_layers=decoder_layers,
+            embed_dim=width,
+            feedforward_dim=inner,
         )
-        width = in_features if embed_dim is None else embed_dim
-        if width < 1 or width % num_heads or width % 4:
+        if integer("Query2Label", "encoder_layers", encoder_layers) < 0:
+            raise ValueError(f"Query2Label: encoder_layers must be at least 0, got {encoder_layers}")
+        if width % num_heads or width % 4:
             raise ValueError(
                 f"embed_dim must be a multiple of 4 and of {num_heads=}, got {width}; pass embed_dim or num_heads"
             )
-        inner = 4 * width if feedforward_dim is None else feedforward_dim
         self.in_features = in_features
         self.embed = nn.Identity() if embed_dim is None else nn.Linear(in_features, width)
         self.encoder = nn.ModuleList(EncoderLayer(width, num_heads, inner, dropout) for _ in range(encoder_layers))

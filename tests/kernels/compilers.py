@@ -6,12 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 H100 = ("cuda", 90, 32)
 OTHER_TARGETS = (("cuda", 80, 32), ("cuda", 100, 32), ("hip", "gfx942", 64))
 TARGETS = (H100, *OTHER_TARGETS)
+MOST_PROCESSES = 4  # that compile at once; each imports torch and Triton
 NO_COMPILER = "0 compatible backends"  # Triton's words for a target that this build does not know
 
 # Each target gets a process of its own: this one may interpret Triton kernels, and whoever interprets cannot compile.
@@ -58,11 +61,21 @@ def compile_ahead(jobs: list, target: tuple, folder: Path) -> list[dict]:
     """Compiles jobs for a target; raises CalledProcessError where that fails."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", TRITON_DRIVER]
-    request = json.dumps([(*job, target) for job in jobs])
-    run = subprocess.run(command, input=request, capture_output=True, text=True, cwd=folder, env=environment)
-    run.check_returncode()
-    return json.loads(run.stdout)
+
+    def compiled(part: list) -> list[dict]:
+        request = json.dumps([(*job, target) for job in part])
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            command = [sys.executable, "-c", TRITON_DRIVER]
+            run = subprocess.run(command, input=request, capture_output=True, text=True, cwd=own, env=environment)
+        run.check_returncode()
+        return json.loads(run.stdout)
+
+    results: list[dict] = [{}] * len(jobs)
+    processes = min(len(jobs), len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    with ThreadPoolExecutor(processes) as pool:
+        for first, part in enumerate(pool.map(compiled, (jobs[first::processes] for first in range(processes)))):
+            results[first::processes] = part
+    return results
 
 
 def resources(usage: str) -> dict[str, int]:

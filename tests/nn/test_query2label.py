@@ -132,8 +132,11 @@ def test_compiles_whole():
 def test_wrong_sizes_name_the_remedy():
     with pytest.raises(ValueError, match=r"multiple of 4 and of num_heads=4, got 10; pass embed_dim or num_heads"):
         Query2Label(10, 5)
-    with pytest.raises(ValueError, match="sizes of at least 1, got in_features=8, num_classes=0, num_heads=4 and"):
+    with pytest.raises(ValueError, match="sizes of at least 1, got in_features=8, num_classes=0, num_heads=4, "):
         Query2Label(8, 0)
+    for name, value in (("feedforward_dim", 0), ("embed_dim", -4), ("encoder_layers", -1)):
+        with pytest.raises(ValueError, match=f"{name}.*{value}"):
+            Query2Label(8, 3, **{name: value})
     with pytest.raises(ValueError, match="num_heads=0"):
         Query2Label(8, 5, num_heads=0)
     with pytest.raises(ValueError, match=r"expects features \[B, 8, h, w\], got \[2, 3, 8\]"):

@@ -24,12 +24,22 @@ print(mlfast.backends())
 """
 
 
-def build_wheel(tmp_path: Path, **environment: str) -> Path:
-    """Builds from a copy, so that nothing of the checkout's own build is reused; the build sees no torch."""
-    pytest.importorskip("pybind11")
-    source = tmp_path / "source"
+def copy_source(folder: Path) -> Path:
+    """A copy, so that nothing of the checkout's own build is reused."""
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info", "runs", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=ignored)
+    return shutil.copytree(ROOT, folder / "source", ignore=ignored)
+
+
+@pytest.fixture(scope="module")
+def compiled_source(tmp_path_factory):
+    """A copy that whoever builds it first has compiled for all."""
+    return copy_source(tmp_path_factory.mktemp("compiled"))
+
+
+def build_wheel(tmp_path: Path, source: Path | None = None, **environment: str) -> Path:
+    """Builds from a copy of the source; the build sees no torch."""
+    pytest.importorskip("pybind11")
+    source = source or copy_source(tmp_path)
     (tmp_path / "no_torch" / "torch").mkdir(parents=True)
     (tmp_path / "no_torch" / "torch" / "__init__.py").write_text("raise ImportError('the build must not need torch')")
     variables = os.environ | {"MLFAST_CUDA": "0", "PYTHONPATH": str(tmp_path / "no_torch")} | environment
@@ -64,8 +74,8 @@ def run_installed(wheel: Path, tmp_path: Path) -> str:
     return result.stdout
 
 
-def test_wheel_outside_the_checkout(tmp_path):
-    wheel = build_wheel(tmp_path)
+def test_wheel_outside_the_checkout(tmp_path, compiled_source):
+    wheel = build_wheel(tmp_path, compiled_source)
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("mlfast/_native") for name in names)
     assert "mlfast/kernels/aam_loss.py" in names
@@ -82,13 +92,13 @@ def test_without_a_compiler_the_install_still_works(tmp_path):
     assert "Install a C++ compiler" in output
 
 
-def test_a_broken_cuda_compiler_leaves_the_kernels_for_the_cpu(tmp_path):
-    source = tmp_path / "a compiler's $folder"
-    source.mkdir()
-    nvcc = source / "nvcc"
+def test_a_broken_cuda_compiler_leaves_the_kernels_for_the_cpu(tmp_path, compiled_source):
+    folder = tmp_path / "a compiler's $folder"
+    folder.mkdir()
+    nvcc = folder / "nvcc"
     nvcc.write_text("#!/bin/sh\nexit 1\n")
     nvcc.chmod(0o755)
-    output = run_installed(build_wheel(tmp_path, MLFAST_CUDA="", NVCC=str(nvcc)), tmp_path)
+    output = run_installed(build_wheel(tmp_path, compiled_source, MLFAST_CUDA="", NVCC=str(nvcc)), tmp_path)
     assert "+ cpu" in output
     assert f"because {nvcc} failed" in output
 

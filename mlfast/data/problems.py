@@ -98,10 +98,10 @@ def _sizes(folder: str) -> dict[str, int]:
 
 def strays_of(loaded: Sequence[Annotations]) -> Iterable[str]:
     """Images beside the listed ones that no split lists, by folder."""
-    if loaded[0].shards is not None or loaded[0].kind in ("digits", "folder"):  # a folder's images are its own list
+    if loaded[0].shards is not None or loaded[0].kind == "digits":
         return
     listed: dict[str, set[str]] = defaultdict(set)
-    for part in loaded:
+    for part in filter(_is_listed, loaded):
         for path in part.paths:
             folder, _, name = path.rpartition("/")
             listed[folder].add(name)
@@ -109,6 +109,11 @@ def strays_of(loaded: Sequence[Annotations]) -> Iterable[str]:
         there = _sizes(os.path.join(loaded[0].root, folder))
         if stray := sorted(name for name in there if name not in known and name.lower().endswith(SUFFIXES)):
             yield f"{len(stray)} images in {folder or 'the root'} are in none of these splits: {names(stray)}"
+
+
+def _is_listed(part: Annotations) -> bool:
+    """Whether a list names the images; folders of classes hold no others, but copies that were taken for one image."""
+    return part.kind != "folder" or any((part.root / one / "metadata.jsonl").exists() for one in part.split.split("+"))
 
 
 def _undecodable(loaded: Sequence[Annotations]) -> Iterable[str]:

@@ -152,7 +152,8 @@ def _files(config: TrainConfig, share: dict[str, Any]) -> Data:
     trained, left_out = train.subset(kept), train.subset(held_out)
     if val is None and not len(left_out):
         raise ConfigError([f"held_out: {config.held_out_share:g} of {len(train)} images is none, and there is no val"])
-    _check_positives(val if val is not None else left_out, "val_split")
+    if val is not None:
+        _check_positives(val, "val_split")
     if len(left_out):
         _check_positives(left_out, "held_out")
     return Data(

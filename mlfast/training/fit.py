@@ -65,7 +65,8 @@ def fit(config: TrainConfig, *, resume: bool = False, quiet: bool = False) -> Ru
         ConfigError, ValueError: settings that cannot be run: an unknown backbone, a run folder that exists, ...
         ImportError: a package of the ``train`` extra is missing.
         Interrupted: Ctrl-C or SIGTERM; the run can be continued with `resume`.
-        TrainingError: the loss is not finite.
+        Diverged: the loss is not finite, or float16 does not hold the gradient.
+        TrainingError: more images are broken than the settings allow, or a file cannot be written.
     """
     _check_packages()
     if resume and config.name is None:

@@ -143,3 +143,6 @@ def test_copies_in_the_folders_of_several_classes_are_no_strays(write, jpeg, cap
     root = write({"train/a/1.jpg": jpeg(), "train/b/1.jpg": jpeg(), "train/b/2.jpg": jpeg((1, 2, 3))})
     assert cli.main(["data", "check", "folder", str(root), "--split", "train"]) == 0
     assert "none of these splits" not in capsys.readouterr().out
+    (root / "train/b/metadata.jsonl").write_text('{"file_name": "2.jpg", "labels": ["b"]}')
+    assert cli.main(["data", "check", "folder", str(root / "train"), "--split", "b"]) == 0
+    assert "1 images in b are in none of these splits: 1.jpg" in capsys.readouterr().out

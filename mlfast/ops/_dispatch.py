@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -44,3 +46,13 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return True
     return forward_ad._current_level >= 0
+
+
+def tensors_of(grads: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """What an op of gradients returns, since it has to return tensors: an empty one where none was asked for."""
+    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """What autograd takes of the result of such an op."""
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

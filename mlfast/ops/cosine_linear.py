@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mlfast.backends import _native, choose, is_exporting
 from mlfast.ops._autocast import without_autocast
 from mlfast.ops._checks import check_device, check_float_tensor
-from mlfast.ops._dispatch import is_recorded, needs_dispatcher
+from mlfast.ops._dispatch import is_recorded, needed, needs_dispatcher, tensors_of
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._memory import in_memory
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
@@ -54,7 +54,7 @@ def launch_backward(
     weight: Tensor,
     inverse_x: Tensor,
     inverse_w: Tensor,
-    needs: tuple[bool, bool],
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients by x and weight, those that are needed."""
     features, weights = _vectors(x, x.dtype), _vectors(weight, x.dtype)
@@ -147,47 +147,49 @@ class CosineLinearFunction(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------- under torch.compile
 
 torch.library.define(
-    "mlfast::cosine_linear", "(Tensor x, Tensor weight) -> (Tensor cos, Tensor inverse_x, Tensor inverse_w)"
+    "mlfast::cosine_linear",
+    "(Tensor x, Tensor weight, bool needs_x, bool needs_weight) -> (Tensor cos, Tensor inverse_x, Tensor inverse_w)",
 )
 torch.library.define(
     "mlfast::cosine_linear_backward",
-    "(Tensor grad_cos, Tensor x, Tensor weight, Tensor inverse_x, Tensor inverse_w) "
-    "-> (Tensor grad_x, Tensor grad_weight)",
+    "(Tensor grad_cos, Tensor x, Tensor weight, Tensor inverse_x, Tensor inverse_w, bool needs_x, "
+    "bool needs_weight) -> (Tensor grad_x, Tensor grad_weight)",
 )
 
 
 @torch.library.impl("mlfast::cosine_linear", ["CPU", "CUDA"])
-def _run(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _run(x: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
     return launch(choose(x.device, SERVED), x, weight)
 
 
 @torch.library.register_fake("mlfast::cosine_linear")
-def _fake(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
     cos = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=computing_dtype(x.dtype))
     return cos, cos.new_empty(math.prod(x.shape[:-1])), cos.new_empty(weight.shape[0])
 
 
 @torch.library.impl("mlfast::cosine_linear_backward", ["CPU", "CUDA"])
 def _run_backward(
-    grad_cos: Tensor, x: Tensor, weight: Tensor, inverse_x: Tensor, inverse_w: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    backend = choose(x.device, SERVED)
-    return launch_backward(backend, grad_cos, x, weight, inverse_x, inverse_w, (True, True))
+    grad_cos: Tensor, x: Tensor, weight: Tensor, inverse_x: Tensor, inverse_w: Tensor, *needs: bool
+) -> tuple[Tensor, ...]:
+    grads = launch_backward(choose(x.device, SERVED), grad_cos, x, weight, inverse_x, inverse_w, needs)
+    return tensors_of(grads, x)
 
 
 @torch.library.register_fake("mlfast::cosine_linear_backward")
-def _fake_backward(
-    grad_cos: Tensor, x: Tensor, weight: Tensor, inverse_x: Tensor, inverse_w: Tensor
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+def _fake_backward(grad_cos: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    needs = rest[-2:]
+    return tensors_of(needed((x.new_empty(x.shape), weight.new_empty(weight.shape)), needs), x)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output[1:])
+    x, weight, *ctx.needs = inputs
+    ctx.save_for_backward(x, weight, *output[1:])
 
 
-def _backward(ctx: Any, grad_cos: Tensor, *unused: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.ops.mlfast.cosine_linear_backward(grad_cos, *ctx.saved_tensors)
+def _backward(ctx: Any, grad_cos: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.mlfast.cosine_linear_backward(grad_cos, *ctx.saved_tensors, *ctx.needs)
+    return *needed(grads, ctx.needs), None, None
 
 
 torch.library.register_autograd("mlfast::cosine_linear", _backward, setup_context=_save)
@@ -222,7 +224,7 @@ def cosine_linear(x: Tensor, weight: Tensor) -> Tensor:
     if backend == "reference":
         return reference(x, weight)
     if needs_dispatcher(x, weight):
-        return torch.ops.mlfast.cosine_linear(x, weight)[0]
+        return torch.ops.mlfast.cosine_linear(x, weight, x.requires_grad, weight.requires_grad)[0]
     if is_recorded(x, weight):
         return CosineLinearFunction.apply(x, weight, backend)
     return launch(backend, x, weight)[0]

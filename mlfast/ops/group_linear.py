@@ -14,7 +14,7 @@ from mlfast.integers import integer
 from mlfast.ops import _group_linear_triton
 from mlfast.ops._autocast import autocast_enabled, without_autocast
 from mlfast.ops._checks import check_device, check_float_tensor
-from mlfast.ops._dispatch import is_recorded, needs_dispatcher
+from mlfast.ops._dispatch import is_recorded, needed, needs_dispatcher, tensors_of
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._memory import address, evaluated, in_memory
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
@@ -122,7 +122,7 @@ def launch_backward(
     weight: Tensor,
     saved: Sequence[Tensor],
     cosine: bool,
-    needs: tuple[bool, bool],
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients by x and weight, those that are needed. ``saved``: the cosines, 1 / \\|x\\| and 1 / \\|w\\|."""
     grad_x = empty_rows_like(x) if needs[0] else None
@@ -235,44 +235,52 @@ def _grad_bias(grad_out: Tensor, dtype: torch.dtype) -> Tensor:
 
 torch.library.define(
     "mlfast::group_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, SymInt num_classes, bool cosine, ScalarType out_dtype) "
-    "-> (Tensor out, Tensor cosines, Tensor inv_x, Tensor inv_weight)",
+    "(Tensor x, Tensor weight, Tensor? bias, SymInt num_classes, bool cosine, ScalarType out_dtype, bool needs_x, "
+    "bool needs_weight) -> (Tensor out, Tensor cosines, Tensor inv_x, Tensor inv_weight)",
 )
 torch.library.define(
     "mlfast::group_linear_backward",
-    "(Tensor grad_out, Tensor x, Tensor weight, Tensor cosines, Tensor inv_x, Tensor inv_weight, bool cosine) "
-    "-> (Tensor grad_x, Tensor grad_weight)",
+    "(Tensor grad_out, Tensor x, Tensor weight, Tensor cosines, Tensor inv_x, Tensor inv_weight, bool cosine, "
+    "bool needs_x, bool needs_weight) -> (Tensor grad_x, Tensor grad_weight)",
 )
 
 
 @torch.library.impl("mlfast::group_linear", ["CPU", "CUDA"])
 def _run(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return launch(choose(x.device, SERVED), x, *arguments)
+    return launch(choose(x.device, SERVED), x, *arguments[:-2])
 
 
-torch.library.register_fake("mlfast::group_linear", allocate)
+@torch.library.register_fake("mlfast::group_linear")
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return allocate(*arguments[:-2])
 
 
 @torch.library.impl("mlfast::group_linear_backward", ["CPU", "CUDA"])
-def _run_backward(
-    grad_out: Tensor, x: Tensor, weight: Tensor, cosines: Tensor, inv_x: Tensor, inv_weight: Tensor, cosine: bool
-) -> tuple[Tensor | None, ...]:
-    backend, saved = choose(x.device, SERVED), (cosines, inv_x, inv_weight)
-    return launch_backward(backend, grad_out, x, weight, saved, cosine, (True, True))
+def _run_backward(grad_out: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *saved, cosine = rest[:-2]
+    needs = rest[-2:]
+    return tensors_of(launch_backward(choose(x.device, SERVED), grad_out, x, weight, saved, cosine, needs), x)
 
 
 @torch.library.register_fake("mlfast::group_linear_backward")
-def _fake_backward(grad_out: Tensor, x: Tensor, weight: Tensor, *unused: Any) -> tuple[Tensor, Tensor]:
-    return empty_rows_like(x), torch.empty_like(weight, memory_format=torch.contiguous_format)
+def _fake_backward(grad_out: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    needs = rest[-2:]
+    grads = empty_rows_like(x), torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return tensors_of(needed(grads, needs), x)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _save_for_backward(ctx, inputs[:-2], output)
+    ctx.needs = inputs[-2:]
 
 
 def _backward(ctx: Any, grad_out: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.mlfast.group_linear_backward(grad_out, *ctx.saved_tensors, ctx.cosine)
+    grads = torch.ops.mlfast.group_linear_backward(grad_out, *ctx.saved_tensors, ctx.cosine, *ctx.needs)
     grad_bias = _grad_bias(grad_out, ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-    return *grads, grad_bias, None, None, None
+    return *needed(grads, ctx.needs), grad_bias, *[None] * 5
 
 
-torch.library.register_autograd("mlfast::group_linear", _backward, setup_context=_save_for_backward)
+torch.library.register_autograd("mlfast::group_linear", _backward, setup_context=_save)
 torch.library.register_autograd("mlfast::group_linear_backward", NoSecondDerivative.backward)
 
 
@@ -314,7 +322,7 @@ def group_linear(
         return reference(x, weight, bias, num_classes=num_classes, cosine=cosine)
     call = num_classes, cosine, output_dtype(x, weight, cosine)
     if needs_dispatcher(x, weight, bias):
-        return torch.ops.mlfast.group_linear(x, weight, bias, *call)[0]
+        return torch.ops.mlfast.group_linear(x, weight, bias, *call, x.requires_grad, weight.requires_grad)[0]
     if is_recorded(x, weight, bias):
         return GroupLinearFunction.apply(x, weight, bias, *call, backend)
     return launch(backend, x, weight, bias, *call)[0]

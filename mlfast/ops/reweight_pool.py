@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mlfast.backends import _native, choose, is_exporting
 from mlfast.ops._checks import check_device, check_float_tensor
-from mlfast.ops._dispatch import is_recorded, needs_dispatcher
+from mlfast.ops._dispatch import is_recorded, needed, needs_dispatcher, tensors_of
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._memory import address, evaluated, in_memory
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
@@ -67,7 +67,7 @@ def launch_backward(
     argmax: Tensor,
     weight_slope: Tensor,
     size: tuple[int, int, bool],
-    needs: tuple[bool, bool],
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients by features and weight, those that are needed. ``size`` is height, width, channels_last."""
     height, width, channels_last = size
@@ -132,53 +132,55 @@ class ReweightPoolFunction(torch.autograd.Function):
 
 torch.library.define(
     "mlfast::reweight_pool",
-    "(Tensor features, Tensor weight, bool needs_grad) -> (Tensor out, Tensor argmax, Tensor weight_slope)",
+    "(Tensor features, Tensor weight, bool needs_features, bool needs_weight) "
+    "-> (Tensor out, Tensor argmax, Tensor weight_slope)",
 )
 torch.library.define(
     "mlfast::reweight_pool_backward",
     "(Tensor grad_out, Tensor weight, Tensor argmax, Tensor weight_slope, SymInt height, SymInt width, "
-    "bool channels_last) -> (Tensor grad_features, Tensor grad_weight)",
+    "bool channels_last, bool needs_features, bool needs_weight) -> (Tensor grad_features, Tensor grad_weight)",
 )
 
 
 @torch.library.impl("mlfast::reweight_pool", ["CPU", "CUDA"])
-def _run(features: Tensor, weight: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return launch(choose(features.device, SERVED), features, weight, needs_grad)
+def _run(features: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return launch(choose(features.device, SERVED), features, weight, any(needs))
 
 
 @torch.library.register_fake("mlfast::reweight_pool")
-def _fake(features: Tensor, weight: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(features: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
     out = features.new_empty(features.shape[:2])
-    saved = out.shape if needs_grad else (0,)
+    saved = out.shape if any(needs) else (0,)
     slope = out.new_empty(saved, dtype=computing_dtype(features.dtype))
     return out, out.new_empty(saved, dtype=torch.int32), slope
 
 
 @torch.library.impl("mlfast::reweight_pool_backward", ["CPU", "CUDA"])
 def _run_backward(
-    grad_out: Tensor, weight: Tensor, argmax: Tensor, weight_slope: Tensor, height: int, width: int, channels_last: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    backend, size = choose(grad_out.device, SERVED), (height, width, channels_last)
-    return launch_backward(backend, grad_out, weight, argmax, weight_slope, size, (True, True))
+    grad_out: Tensor, weight: Tensor, argmax: Tensor, weight_slope: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    size, needs = rest[:3], rest[3:]
+    grads = launch_backward(choose(grad_out.device, SERVED), grad_out, weight, argmax, weight_slope, size, needs)
+    return tensors_of(grads, grad_out)
 
 
 @torch.library.register_fake("mlfast::reweight_pool_backward")
-def _fake_backward(
-    grad_out: Tensor, weight: Tensor, argmax: Tensor, weight_slope: Tensor, height: int, width: int, channels_last: bool
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad_out: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    height, width, channels_last, *needs = rest[-5:]
     shape, layout = (*grad_out.shape, height, width), memory_format(channels_last)
     grad = torch.empty(shape, dtype=grad_out.dtype, device=grad_out.device, memory_format=layout)
-    return grad, torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return tensors_of(needed((grad, torch.empty_like(weight, memory_format=torch.contiguous_format)), needs), grad_out)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    features, weight, _ = inputs
+    features, weight, *ctx.needs = inputs
     ctx.save_for_backward(weight, *output[1:])
     ctx.size = (*features.shape[2:], is_channels_last(features))
 
 
 def _backward(ctx: Any, grad_out: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *torch.ops.mlfast.reweight_pool_backward(grad_out, *ctx.saved_tensors, *ctx.size), None
+    grads = torch.ops.mlfast.reweight_pool_backward(grad_out, *ctx.saved_tensors, *ctx.size, *ctx.needs)
+    return *needed(grads, ctx.needs), None, None
 
 
 torch.library.register_autograd("mlfast::reweight_pool", _backward, setup_context=_save)
@@ -215,7 +217,8 @@ def reweight_pool(features: Tensor, weight: Tensor) -> Tensor:
         return reference(features, weight)
     needs_grad = is_recorded(features, weight)
     if needs_dispatcher(features, weight):
-        return torch.ops.mlfast.reweight_pool(features, weight, needs_grad)[0]
+        needs = (needs_grad and tensor.requires_grad for tensor in (features, weight))
+        return torch.ops.mlfast.reweight_pool(features, weight, *needs)[0]
     if not needs_grad:
         return launch(backend, features, weight, False)[0]
     return ReweightPoolFunction.apply(features, weight, backend)

@@ -138,9 +138,10 @@ def test_opcheck(backend, x, weight, dtype):
         pytest.skip("has no custom op")
     ops = torch.ops.mlfast
     features = x.detach().to(dtype).view(1, 3, 10)
-    torch.library.opcheck(ops.cosine_linear, (features.clone().requires_grad_(), weight))
-    cos, *inverse = ops.cosine_linear(features, weight.detach())
-    torch.library.opcheck(ops.cosine_linear_backward, (cos, features, weight.detach(), *inverse))
+    torch.library.opcheck(ops.cosine_linear, (features.clone().requires_grad_(), weight, True, True))
+    cos, *inverse = ops.cosine_linear(features, weight.detach(), False, False)
+    for needs in [(True, True), (True, False), (False, True)]:
+        torch.library.opcheck(ops.cosine_linear_backward, (cos, features, weight.detach(), *inverse, *needs))
 
 
 def test_no_exporter_meets_a_custom_op():

@@ -1,6 +1,7 @@
 """What all ops owe to PyTorch, whichever way a call goes."""
 
 import functools
+import importlib
 import subprocess
 import sys
 
@@ -31,6 +32,33 @@ CALLS = {
     "graph_attention, Graph": lambda x: F.graph_attention(x[:, None], *SCORES, GRAPH),
 }
 each_op = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+def half_needed(call, tensors, needs, monkeypatch, module):
+    """Which gradients the kernels of a compiled call were asked for, where not all inputs require one."""
+    asked, real = [], module.launch_backward
+    monkeypatch.setattr(module, "launch_backward", lambda *a: asked.append(tuple(a[-1])) or real(*a))
+    leaves = [tensor.clone().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]
+    expected = [tensor.clone().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)]
+    torch.compile(call, backend="aot_eager", fullgraph=True)(*leaves).sum().backward()
+    call(*expected).sum().backward()
+    torch.testing.assert_close([leaf.grad for leaf in leaves], [leaf.grad for leaf in expected])
+    return asked
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("name", "call", "tensors"),
+    [
+        ("cosine_linear", F.cosine_linear, (X, WEIGHT.reshape(3, 8))),
+        ("group_linear", functools.partial(F.group_linear, num_classes=6), (X.view(4, 2, 4), WEIGHT)),
+        ("reweight_pool", F.reweight_pool, (X.view(2, 4, 2, 2), SCORES[0, :, 0])),
+    ],
+)
+def test_compiled_a_gradient_that_nobody_needs_is_not_computed(name, call, tensors, needs, monkeypatch):
+    torch._dynamo.reset()
+    module = importlib.import_module(f"mlfast.ops.{name}")
+    assert half_needed(call, tensors, needs, monkeypatch, module) == [needs, needs]  # compiled, then not
 
 
 @each_op

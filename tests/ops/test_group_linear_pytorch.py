@@ -159,12 +159,13 @@ def test_opcheck(backend, leaves, cosine, with_bias):
         pytest.skip("has no custom op")
     ops = torch.ops.mlfast
     x, weight, bias = leaves[0], leaves[1], leaves[2] if with_bias else None
-    torch.library.opcheck(ops.group_linear, (x, weight, bias, CLASSES, cosine, torch.float32))
+    torch.library.opcheck(ops.group_linear, (x, weight, bias, CLASSES, cosine, torch.float32, True, True))
     by_group = x.detach().transpose(0, 1).contiguous().transpose(0, 1)
     inputs = by_group, weight.detach(), None if bias is None else bias.detach()
-    out, cosines, *lengths = ops.group_linear(*inputs, CLASSES, cosine, torch.float32)
+    out, cosines, *lengths = ops.group_linear(*inputs, CLASSES, cosine, torch.float32, False, False)
     saved = out if cosine and bias is None else cosines
-    torch.library.opcheck(ops.group_linear_backward, (out, *inputs[:2], saved, *lengths, cosine))
+    for needs in [(True, True), (True, False), (False, True)]:
+        torch.library.opcheck(ops.group_linear_backward, (out, *inputs[:2], saved, *lengths, cosine, *needs))
 
 
 def test_no_exporter_meets_a_custom_op(cosine):

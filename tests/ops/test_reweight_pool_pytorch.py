@@ -142,10 +142,11 @@ def test_opcheck(backend, features, weight, layout):
         pytest.skip("has no custom op")
     ops = torch.ops.mlfast
     laid_out = features.detach().contiguous(memory_format=layout)
-    torch.library.opcheck(ops.reweight_pool, (laid_out.requires_grad_(), weight, True))
-    out, argmax, slope = ops.reweight_pool(laid_out.detach(), weight.detach(), True)
+    torch.library.opcheck(ops.reweight_pool, (laid_out.requires_grad_(), weight, True, True))
+    out, argmax, slope = ops.reweight_pool(laid_out.detach(), weight.detach(), True, True)
     backward = out, weight.detach(), argmax, slope, 4, 5, layout == torch.channels_last
-    torch.library.opcheck(ops.reweight_pool_backward, backward)
+    for needs in [(True, True), (True, False), (False, True)]:
+        torch.library.opcheck(ops.reweight_pool_backward, (*backward, *needs))
 
 
 def test_no_exporter_meets_a_custom_op():

@@ -24,7 +24,8 @@ def test_layers_take_integers_for_sizes(layer):
         layer(16.0, 4)
     with pytest.raises(TypeError, match=rf"^{name}: \w+ must be an integer, got bool True"):
         layer(16, True)
-    with pytest.raises(ValueError, match=rf"^{name} needs sizes of at least 1, got in_features=16(, \w+=\d+)* and \w+="):
+    sizes = r"in_features=16(, \w+=\d+)* and \w+="
+    with pytest.raises(ValueError, match=rf"^{name} needs sizes of at least 1, got {sizes}"):
         layer(16, 0)
     expected = [tensor.shape for tensor in layer(16, 4).parameters()]
     assert [tensor.shape for tensor in layer(np.int64(16), np.int32(4)).parameters()] == expected

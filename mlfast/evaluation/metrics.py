@@ -166,7 +166,10 @@ def summary(
 
 
 def _counts(score: torch.Tensor, target: torch.Tensor, limit: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Hits, predictions and positives of every class [3, K] and of every image [3, N], a block of images at a time."""
+    """Hits, predictions and positives of every class [3, K] and of every image with a known label [3, N].
+
+    A block of images at a time.
+    """
     rows = max(1, _BLOCK_ELEMENTS // max(1, score.shape[1]))
     of_classes = torch.zeros(3, score.shape[1], dtype=torch.int64, device=score.device)
     of_images = []
@@ -174,7 +177,8 @@ def _counts(score: torch.Tensor, target: torch.Tensor, limit: torch.Tensor) -> t
         positive, predicted = truth > 0, (scores >= limit) & (truth >= 0)
         masks = predicted & positive, predicted, positive
         of_classes += torch.stack([mask.sum(0) for mask in masks])
-        of_images.append(torch.stack([mask.sum(1) for mask in masks]))
+        seen = (truth >= 0).any(1)  # an image of which nothing is known counts nowhere
+        of_images.append(torch.stack([mask.sum(1) for mask in masks])[:, seen])
     images = torch.cat(of_images, 1) if of_images else of_classes[:, :0]
     return of_classes.cpu().numpy().astype(np.float64), images.cpu().numpy().astype(np.float64)
 
@@ -224,6 +228,7 @@ def checked(scores: ArrayLike, targets: ArrayLike, name: str) -> tuple[torch.Ten
     """Both as tensors on one device, or a ValueError or TypeError that says what is wrong."""
     score = _tensor(scores, name)
     target = _tensor(targets, "targets").to(score.device)
+    target = target.view(torch.int8) if target.dtype == torch.uint8 else target  # 255, as -1 becomes, is unknown
     if score.ndim != 2:
         raise ValueError(
             f"{name}: got shape {tuple(score.shape)}, expected [images, classes]; reshape it, or add [None] to one row."

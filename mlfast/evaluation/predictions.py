@@ -35,6 +35,7 @@ class Predictions:
         self.num_classes = num_classes
         self.known_only = known_only
         self.num_images = 0
+        self._gathered = False
         self._batches: list[tuple[torch.Tensor, ...]] = []
 
     def add(self, probabilities: ArrayLike, targets: ArrayLike) -> None:
@@ -66,11 +67,13 @@ class Predictions:
 
         Every image counts: give each process its own share of the images, without repeating some to make shares equal.
         """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+        if alone or self._gathered:
             return self
         shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, (self.num_images, self._tensors()))
         whole = Predictions(self.num_classes, self.known_only)
+        whole._gathered = True
         for images, tensors in shares:
             first = tensors[0] + whole.num_images if self.known_only else tensors[0]
             whole._batches.append((first, *tensors[1:]))
@@ -102,6 +105,7 @@ class Predictions:
         predicted = score >= limits[label]
         masks = predicted & positive, predicted, positive
         of_images = torch.stack([torch.bincount(image[mask], minlength=self.num_images) for mask in masks])
+        of_images = of_images[:, torch.bincount(image, minlength=self.num_images) > 0]
         return summary(per_class, of_classes, of_images.double().numpy(), **options)
 
     def thresholds(self, **options: Any) -> Thresholds:

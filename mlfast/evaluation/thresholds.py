@@ -15,6 +15,8 @@ import torch
 from mlfast.evaluation.columns import Blocks, Column, Ranks, dense_blocks, map_columns, ranks
 from mlfast.evaluation.metrics import ArrayLike, checked
 
+_LARGEST_BETA = 1e6  # from there on all that counts is recall
+
 FEW_POSITIVES = 10
 
 
@@ -90,8 +92,10 @@ def thresholds_of(
     default: float = 0.5,
 ) -> Thresholds:
     """`tune_thresholds` of the known entries of each class, or of all of them in one column if ``shared``."""
-    if not beta > 0:
-        raise ValueError(f"beta: got {beta}, expected a number above 0; 1 gives F1.")
+    if not 0 < beta <= _LARGEST_BETA:
+        raise ValueError(f"beta: got {beta}, expected a number above 0 and at most {_LARGEST_BETA:g}; 1 gives F1.")
+    if np.isnan(default):
+        raise ValueError(f"default: got {default}, expected a number.")
     if min_precision is not None and not 0 < min_precision <= 1:
         raise ValueError(f"min_precision: got {min_precision}, expected a fraction above 0 and at most 1.")
     choose = _choice(beta, min_precision)
@@ -149,9 +153,17 @@ def threshold_logits(thresholds: torch.Tensor) -> torch.Tensor:
     return torch.logit(thresholds.double()).clamp(_LOGIT_OF_0, _LOGIT_OF_1)
 
 
-def fold_thresholds(logits: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-    """Logits [..., K] moved so that a probability of 0.5 means the class's own threshold [K].
+def fold_thresholds(logits: torch.Tensor, thresholds: ArrayLike) -> torch.Tensor:
+    """Logits [..., K] moved so that a probability of 0.5 means the class's own threshold [K], in [0, 1].
 
-    ``z - log(t / (1 - t))``: any server with one threshold of 0.5 then decides as tuned.
+    ``z - log(t / (1 - t))``: any server with one threshold of 0.5 then decides as tuned. A NumPy array, such as
+    `Thresholds.values`, is checked.
+
+    Raises:
+        ValueError: a threshold of an array is outside [0, 1].
     """
+    if isinstance(thresholds, np.ndarray):
+        if not ((thresholds >= 0) & (thresholds <= 1)).all():
+            raise ValueError("thresholds: got values outside [0, 1] or nan, expected probabilities.")
+        thresholds = torch.from_numpy(thresholds).to(logits.device)
     return logits - threshold_logits(thresholds).to(logits.dtype)

@@ -78,6 +78,8 @@ def count_labels(targets: Tensor | SparseTargets) -> LabelCounts:
     targets = targets.view(torch.int8) if targets.dtype == torch.uint8 else targets
     together, known = (torch.zeros(num_classes, num_classes, dtype=torch.int64) for _ in range(2))
     for chunk in targets.split(max(1, _CHUNK // max(1, num_classes))):
+        if chunk.is_floating_point() and chunk.isnan().any():
+            raise ValueError("targets must be numbers, got NaN; write -1 for unknown")
         positive = (chunk > 0.5).float()
         together += (positive.t() @ positive).long().cpu()
         known += (positive.t() @ (chunk >= 0).float()).long().cpu()

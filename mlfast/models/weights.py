@@ -132,7 +132,8 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: there is no such file, or it is a folder.
         ValueError: the file is damaged, needs pickle, or holds no state dict; or the model is folded, and the file has
-            nothing for its constants, which were computed from other weights.
+            nothing for its constants, which were computed from other weights; or the file is of a folded model, and
+            this one is not; or the model is on the meta device.
         WeightsMismatchError: (a ValueError) the file gives less than ``min_match``; its ``report`` says what.
     """
     if not 0 <= min_match <= 1:
@@ -141,11 +142,14 @@ def load_checkpoint(
         found = "is a folder; pass the file in it" if Path(path).is_dir() else "does not exist; pass a file that does"
         raise FileNotFoundError(f"load_checkpoint: path {str(path)!r} {found}, of safetensors or of torch.save")
     model = _unwrapped(model)
+    if any(tensor.is_meta for tensor in model.state_dict().values() if isinstance(tensor, Tensor)):
+        raise ValueError("load_checkpoint: the model has tensors on the meta device; make it on a real one")
     source, tensors = _state_dict(_read(Path(path), allow_pickle), Path(path))
     fitting, report = _match(model, tensors, str(path), source)
     if report.share < min_match:
         raise WeightsMismatchError(report, min_match)
     _require_constants(model, report)
+    _require_unfolded(report)
     _require_edges(report)
     model.load_state_dict(fitting, strict=False)
     return report
@@ -166,6 +170,19 @@ def _require_constants(model: nn.Module, report: LoadReport) -> None:
         raise ValueError(
             f"the model is folded: {', '.join(stale[:_NAMES_SHOWN])} were computed from the weights that it had, and "
             f"{report.path} has nothing for them; nothing was loaded. Load the weights first, and fold() then"
+        )
+
+
+def _require_unfolded(report: LoadReport) -> None:
+    """The constants of a folded model stand for weights that its file has not: they would stay what they are."""
+    names = set(report.unexpected)
+    constants = [name for name in names if f".{name}".endswith((".classifiers", ".graph_branch.value"))]
+    constants += [name for name in names if name.endswith("query") and f"{name.removesuffix('query')}target" in names]
+    if constants and report.missing:
+        raise ValueError(
+            f"{report.path} is of a folded model: {', '.join(sorted(constants)[:_NAMES_SHOWN])} stand for weights that "
+            f"it has not, such as {report.missing[0]}; nothing was loaded. Load a file from before fold(), or fold() "
+            "the model first"
         )
 
 
@@ -227,15 +244,16 @@ def _state_dict(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
         content = content[key]
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"{path} holds no state dict; its keys are {sorted(map(str, content))[:_NAMES_SHOWN]}")
+        keys_there = sorted(map(str, content))[:_NAMES_SHOWN]
+        raise ValueError(f"{path} holds no state dict; its keys are {keys_there}. Save the part that is one alone")
     return ".".join(keys), {_TRAINING_PREFIX.sub("", name): tensor for name, tensor in tensors.items()}
 
 
 def _holds_tensors(content: Any) -> bool:
     """Whether there is a weight somewhere inside: an average may be there in name alone."""
     if isinstance(content, Mapping):
-        return any(isinstance(value, Tensor) or _holds_tensors(value) for value in content.values())
-    return isinstance(content, nn.Module)
+        return any(map(_holds_tensors, content.values()))
+    return isinstance(content, nn.Module) or (isinstance(content, Tensor) and content.dim() > 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ matching

@@ -76,8 +76,8 @@ class CSRA(nn.Module):
             temperatures = [value * (_COSINE_UNIT if cosine else 1.0) for value in _TEMPERATURES[num_heads]]
         if len(temperatures) != num_heads or not all(value > 0 for value in temperatures):
             raise ValueError(f"temperatures must be {num_heads} values above 0, one per head, got {list(temperatures)}")
-        if lam < 0:
-            raise ValueError(f"lam must be at least 0, got {lam}")
+        if not 0 <= lam < math.inf:
+            raise ValueError(f"lam must be at least 0 and finite, got {lam}")
         self.in_features = in_features
         self.temperatures = [float(value) for value in temperatures]
         self.lam = lam

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlfast.graph import Graph
 from mlfast.nn.graph_attention import GraphAttention
@@ -86,6 +86,13 @@ class EdgeIndexAttention(GraphAttention):
                 "torch_geometric.utils.coalesce(edge_index), or keep GATConv if they shall count twice"
             )
         return graph
+
+    def reset_parameters(self) -> None:
+        """Draw new weights as GATConv does, which are smaller than those of `GraphAttention`."""
+        for weight in (self.lin.weight, self.att_src, self.att_dst):
+            nn.init.xavier_uniform_(weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
         """The sizes and numbers, for ``repr``."""

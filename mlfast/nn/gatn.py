@@ -100,8 +100,8 @@ class GATN(nn.Module):
         return FixedClassifiers(copy.deepcopy(self).eval().represent(), self.cosine)
 
     def extra_repr(self) -> str:
-        """The number of labels and of pairs that are linked at first, for ``repr``."""
-        return f"labels={len(self.vectors)}, linked={int((self.similarity > 0).sum()) // 2}, cosine={self.cosine}"
+        """The number of labels, for ``repr``."""
+        return f"labels={len(self.vectors)}, cosine={self.cosine}"
 
 
 class AdjacencyTransformer(nn.Module):

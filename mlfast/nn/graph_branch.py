@@ -38,7 +38,8 @@ class LabelNetwork(nn.Module):
     """Two graph layers that make a vector [S] of every label, from its given vector [N] and its neighbours.
 
     The given vectors and the edges are buffers: they move and are saved with the module, and are not trained.
-    ``kind="gat"`` keeps the edges only; ``"gcn"`` also their weights, and while in use Z as a matrix [K, K].
+    ``kind="gat"`` keeps the edges only, and the graph made of them; ``"gcn"`` also their weights, of which each call
+    makes the matrix Z [K, K].
 
     Args:
         vectors: [K, N] floating point, such as word vectors.
@@ -58,7 +59,7 @@ class LabelNetwork(nn.Module):
     vectors: Tensor
     edge_index: Tensor
     edge_weight: Tensor | None
-    graph: Graph | Tensor
+    kept_graph: Graph | None
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class LabelNetwork(nn.Module):
         self.register_buffer("vectors", vectors.detach().clone())
         self.register_buffer("edge_index", edge_index)  # sources j, targets i
         self.register_buffer("edge_weight", edge_weight)
-        self.graph = self._build_graph()
+        self.kept_graph = self._graph_of_edges()
         widths = ((vectors.shape[1], hidden_features), (hidden_features, out_features))
         layers = [
             GraphAttention(*width, dropout=dropout) if kind == "gat" else GraphConvolution(*width) for width in widths
@@ -93,29 +94,36 @@ class LabelNetwork(nn.Module):
     def represent(self) -> Tensor:
         """The vector of every label, ``[K, S]``."""
         first, second = self.layers
-        x = leaky_relu(self._activate(first(self.vectors, self.graph)), self.negative_slope)
-        x = self._activate(second(x, self.graph))
+        links = self.links()
+        x = leaky_relu(self._activate(first(self.vectors, links)), self.negative_slope)
+        x = self._activate(second(x, links))
         return leaky_relu(x, self.negative_slope) if self.activate_output else x
 
     def _activate(self, x: Tensor) -> Tensor:
         return elu(x) if self.kind == "gat" else x
 
-    def _build_graph(self) -> Graph | Tensor:
-        """What the layers take, from the buffers."""
+    def links(self) -> Graph | Tensor:
+        """What the layers take: "gat" the graph, "gcn" Z [K, K], made of the buffers."""
+        if self.kept_graph is not None:
+            return self.kept_graph
         num_nodes = len(self.vectors)
-        if self.edge_weight is None:
-            return Graph.from_edges(self.edge_index, num_nodes)
         source, target = self.edge_index
+        assert self.edge_weight is not None
         return self.edge_weight.new_zeros(num_nodes, num_nodes).index_put((target, source), self.edge_weight)
+
+    def _graph_of_edges(self) -> Graph | None:
+        """For "gat"; kept, as it takes a sort to make. Only loading a state dict makes it anew."""
+        return Graph.from_edges(self.edge_index, len(self.vectors)) if self.edge_weight is None else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> LabelNetwork:  # moved or cast, as are parameters and buffers
         super()._apply(fn, recurse)
-        self.graph = self.graph.to(self.vectors.device) if isinstance(self.graph, Graph) else fn(self.graph)
+        if self.kept_graph is not None:
+            self.kept_graph = self.kept_graph.to(self.vectors.device)
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.graph = self._build_graph()
+        self.kept_graph = self._graph_of_edges()
 
     def extra_repr(self) -> str:
         """Sizes and kind, for ``repr``."""
@@ -193,6 +201,8 @@ def check_vectors(vectors: Any) -> None:
     if not isinstance(vectors, Tensor) or vectors.dim() != 2 or not vectors.is_floating_point():
         got = f"{list(vectors.shape)} of {vectors.dtype}" if isinstance(vectors, Tensor) else type(vectors).__name__
         raise ValueError(f"vectors must be a floating point tensor [K, N], one row per label, got {got}")
+    if vectors.device.type != "meta" and not vectors.isfinite().all():
+        raise ValueError("vectors must be finite numbers, got NaN or infinity; look for a label without a vector")
 
 
 def _edges_of(graph: Any, vectors: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
@@ -213,6 +223,8 @@ def _edges_of(graph: Any, vectors: Tensor, kind: str) -> tuple[Tensor, Tensor | 
         got = str(list(graph.shape)) if isinstance(graph, Tensor) else type(graph).__name__
         raise ValueError(f"graph must be [{num_nodes}, {num_nodes}], for the {num_nodes} labels of vectors, got {got}")
     graph = graph.detach().to(vectors.device)
+    if graph.is_floating_point() and graph.isnan().any():
+        raise ValueError("graph must be numbers, got NaN; look for counts divided by a label without images")
     target, source = (graph > 0).nonzero().unbind(1)
     weight = graph[target, source].to(vectors.dtype) if kind == "gcn" else None
     return torch.stack([source, target]), weight

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -61,7 +63,7 @@ class MLDecoder(nn.Module):
         num_classes: int,
         *,
         num_groups: int | None = None,
-        queries: Literal["random", "learned"] | Tensor = "random",
+        queries: Literal["random", "learned"] | Tensor | np.ndarray = "random",
         embed_dim: int = 768,
         num_heads: int = 8,
         feedforward_dim: int = 2048,
@@ -74,10 +76,15 @@ class MLDecoder(nn.Module):
         _check_sizes(in_features, num_classes, num_groups, embed_dim, num_heads)
         if not 0 <= dropout < 1:
             raise ValueError(f"MLDecoder: dropout must be in [0, 1), got {dropout}")
+        sizes("MLDecoder", embed_dim=embed_dim, feedforward_dim=feedforward_dim)
         if bias is None:
             bias = not cosine
         if negative_slope is None:
             negative_slope = 0.2 if cosine else 0.0
+        if not math.isfinite(negative_slope):
+            raise ValueError(f"MLDecoder: negative_slope must be a finite number, got {negative_slope}")
+        if isinstance(queries, np.ndarray):
+            queries = torch.from_numpy(queries).to(torch.get_default_dtype())
         self.embed = TokenEmbedding(in_features, embed_dim, negative_slope)
         self.word_projection: nn.Linear | None = None
         self.projection: nn.Module

@@ -6,6 +6,7 @@ project. Where the original runs, outputs and gradients of the two are compared 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -52,7 +53,9 @@ def asymmetric_loss(loss: Any) -> tuple[nn.Module, str]:
         reduction=getattr(loss, "reduction", "sum"),
         class_weight=_class_weight(loss),
     )
-    _require_same_outputs(loss, new, *_labelled_logits(new))
+    taken = list(inspect.signature(type(loss).forward).parameters.values())[1:]
+    require(len(taken) == 2 and all(one.default is one.empty for one in taken), "its call takes other arguments")
+    _require_same_losses(loss, new)
     return (
         new,
         f"equal where probabilities are above eps={loss.eps}; a target below 0 now means unknown; call it by position",
@@ -61,9 +64,12 @@ def asymmetric_loss(loss: Any) -> tuple[nn.Module, str]:
 
 def bce_with_logits(loss: Any) -> tuple[nn.Module, str]:
     """PyTorch's binary cross-entropy."""
+    plain = type(loss).forward is nn.BCEWithLogitsLoss.forward
+    require(plain, "its class computes it in a way of its own")
+    _require_attributes(loss, {"weight", "pos_weight", "reduction"}, set())
     require(loss.pos_weight is None, "pos_weight is not among the options of mlfast.AsymmetricLoss")
     new = BinaryCrossEntropy(0.0, 0.0, 0.0, reduction=loss.reduction, class_weight=_class_weight(loss))
-    _require_same_outputs(loss, new, *_labelled_logits(new))
+    _require_same_losses(loss, new)
     renamed = "" if new.class_weight is None else "; in a state dict its weight is class_weight"
     return new, (
         "equal for targets in [0, 1]; a target below 0 now means unknown, and none can require grad; float32 for half "
@@ -75,7 +81,9 @@ class BinaryCrossEntropy(AsymmetricLoss):
     """`mlfast.AsymmetricLoss` with the call of ``nn.BCEWithLogitsLoss``, whose arguments have names of their own."""
 
     def forward(self, input: Tensor, target: Tensor | SparseTargets) -> Tensor:
-        """The loss of logits."""
+        """The loss of logits; of one logit without a dimension too, what ``squeeze`` makes of a batch of one."""
+        if input.dim() == 0 and isinstance(target, Tensor):
+            return super().forward(input[None], target[None]).reshape(())
         return super().forward(input, target)
 
 
@@ -86,11 +94,13 @@ def _class_weight(loss: Any) -> Tensor | None:
     return weight
 
 
-def _labelled_logits(loss: AsymmetricLoss) -> tuple[Tensor, Tensor]:
-    classes, device = (3, None) if loss.class_weight is None else (len(loss.class_weight), loss.class_weight.device)
-    logits = torch.linspace(-4, 4, 4 * classes, device=device).view(4, classes)
-    target = (torch.arange(4 * classes, device=device).view(4, classes) % 3 == 0).float()
-    return logits, target
+def _require_same_losses(old: nn.Module, new: AsymmetricLoss) -> None:
+    """Compare in both modes, and for two sizes of a batch: a copy of a loss may smooth in training, or divide by B."""
+    classes, device = (3, None) if new.class_weight is None else (len(new.class_weight), new.class_weight.device)
+    for training, batch in ((False, 4), (True, 6)):
+        logits = torch.linspace(-4, 4, batch * classes, device=device).view(batch, classes)
+        target = (torch.arange(batch * classes, device=device).view(batch, classes) % 3 == 0).float()
+        _require_same_outputs(old, new, logits, target, training=training)
 
 
 # --------------------------------------------------------------------------------------------------------------- heads
@@ -179,9 +189,12 @@ def group_fc(module: Any) -> tuple[nn.Module, str]:
     h = torch.linspace(-1, 1, 8 * groups).view(2, groups, 4)
     weight = torch.linspace(-1, 2, 8 * groups).view(groups, 4, 2)
     theirs, ours = torch.zeros(2, groups, 2), torch.zeros(2, groups, 2)
-    with torch.no_grad():
-        module(h, weight, theirs)
-        new(h, weight, ours)
+    try:
+        with torch.no_grad():
+            module(h, weight, theirs)
+            new(h, weight, ours)
+    except Exception as error:
+        raise NotSwappedError(f"it could not be tried: {type(error).__name__}: {error}") from error
     require(torch.allclose(theirs, ours, atol=1e-5), "it gives other outputs")
     return new, "one product instead of a loop"
 
@@ -246,16 +259,16 @@ def _adopt(new: nn.Module, tensors: dict[str, tuple[Tensor, Tensor]]) -> None:
         setattr(new.get_submodule(owner), leaf, part)
 
 
-def _require_same_outputs(old: nn.Module, new: nn.Module, x: Tensor, *rest: Tensor) -> None:
-    """Leave a module whose output, or gradient for x, is another in evaluation mode."""
+def _require_same_outputs(old: nn.Module, new: nn.Module, x: Tensor, *rest: Tensor, training: bool = False) -> None:
+    """Leave a module whose output, or gradient for x, is another in this mode."""
     require(x.device.type != "meta", "it cannot be tried on the meta device")
     results = []
     was_training = old.training
     try:
-        for module in (old.eval(), new.eval()):
+        for module in (old.train(training), new.train(training)):
             with torch.inference_mode(False), torch.enable_grad():
                 leaf = x.clone().requires_grad_()
-                output = module(leaf, *rest)
+                output = module(leaf, *(tensor.clone() for tensor in rest))  # in inference mode they are of its kind
                 results.append((output.detach(), torch.autograd.grad(output.sum(), leaf)[0]))
     except Exception as error:
         raise NotSwappedError(f"it could not be tried: {type(error).__name__}: {error}") from error

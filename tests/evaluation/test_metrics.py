@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
-from mlfast.evaluation import average_precision, columns, metrics, multilabel_metrics
+from mlfast.evaluation import Predictions, average_precision, columns, metrics, multilabel_metrics
 from mlfast.torchvision_compat import import_torchvision
 
 SCORES = np.array(
@@ -252,3 +252,20 @@ def test_interpolated_ap_is_the_area_under_the_envelope(problem):
             before = r
         expected.append(area if positive.any() else np.nan)
     np.testing.assert_allclose(average_precision(scores, targets, interpolated=True), expected, rtol=1e-12)
+
+
+def test_an_image_of_which_nothing_is_known_counts_nowhere():
+    scores, targets = torch.tensor([[0.9], [0.9]]), torch.tensor([[1], [-1]])
+    assert multilabel_metrics(scores, targets, f1="sample").CF1 == 1
+    known = Predictions(1, known_only=True)
+    known.add(scores, targets)
+    assert known.metrics(f1="sample").CF1 == 1
+
+
+def test_in_uint8_255_is_unknown():
+    scores, targets = torch.rand(6, 2), torch.tensor([[1, 0], [0, -1], [-1, 1], [1, 1], [0, 0], [1, 0]])
+    assert (
+        multilabel_metrics(scores, targets.to(torch.uint8)).as_dict() == multilabel_metrics(scores, targets).as_dict()
+    )
+    with pytest.raises(ValueError, match="above 0 that are not 1"):
+        multilabel_metrics(scores, 2 * (targets > 0).to(torch.uint8))

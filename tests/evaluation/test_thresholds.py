@@ -4,8 +4,7 @@ import torch
 from hypothesis import given, settings
 from sklearn.metrics import fbeta_score, precision_score, recall_score
 
-from mlfast.evaluation import multilabel_metrics, tune_thresholds
-from mlfast.evaluation.thresholds import fold_thresholds
+from mlfast.evaluation import fold_thresholds, multilabel_metrics, tune_thresholds
 from tests.evaluation.test_metrics import SCORES, TARGETS, problems
 
 
@@ -91,7 +90,10 @@ def test_classes_that_deserve_doubt_are_named():
     )
 
 
-@pytest.mark.parametrize("option", [{"beta": 0}, {"min_precision": 0}, {"min_precision": 1.5}])
+@pytest.mark.parametrize(
+    "option",
+    [{"beta": 0}, {"beta": float("inf")}, {"default": float("nan")}, {"min_precision": 0}, {"min_precision": 1.5}],
+)
 def test_options_out_of_range(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         tune_thresholds(SCORES, TARGETS, **option)
@@ -119,3 +121,11 @@ def test_folded_thresholds_decide_alike_up_to_the_ends(threshold):
     told = (logits - torch.logit(torch.tensor(threshold, dtype=torch.float64))).abs() > 1e-5
     folded = torch.sigmoid(fold_thresholds(logits, torch.tensor([threshold]))) >= 0.5
     assert torch.equal(folded[told], (torch.sigmoid(logits) >= threshold)[told])
+
+
+def test_thresholds_as_tuned_are_folded():
+    logits, values = torch.tensor([[0.0, 3.0]]), np.array([0.5, 0.9])
+    torch.testing.assert_close(fold_thresholds(logits, values), fold_thresholds(logits, torch.from_numpy(values)))
+    for wrong in (1.5, np.nan):
+        with pytest.raises(ValueError, match=r"thresholds: got values outside \[0, 1\]"):
+            fold_thresholds(logits, np.array([0.5, wrong]))

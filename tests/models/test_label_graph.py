@@ -268,3 +268,8 @@ def test_the_command_names_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # to the import system: not installed
     assert cli.main(["graph", "--targets", str(tmp_path / "t.npy"), "--out", str(tmp_path / "g.png")]) == 2
     assert 'pip install ".[report]" in a checkout of mlfast' in capsys.readouterr().err
+
+
+def test_targets_that_are_no_numbers_are_refused():
+    with pytest.raises(ValueError, match="targets must be numbers, got NaN; write -1 for unknown"):
+        count_labels(torch.tensor([[torch.nan, 1.0], [1.0, 1.0]]))

@@ -296,3 +296,29 @@ def test_a_folded_model_takes_no_weights_of_an_unfolded_one(tmp_path, head, grap
     load_checkpoint(folded, save(tmp_path, other.fold().state_dict()), min_match=1.0)
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(folded(images), trained.eval()(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*no neighbour")
+@pytest.mark.parametrize(("head", "graph"), [("ml_decoder", None), ("ml_gcn", None), ("gap", "gat_reweight")])
+def test_weights_of_a_folded_model_do_not_fit_another(tmp_path, head, graph):
+    counts = mlfast.models.count_labels(torch.ones(8, 5)) if head == "ml_gcn" or graph else None
+    model = mlfast.create_model("test_resnet", 5, head=head, graph=graph, cooccurrence=counts)
+    torch.save(model.eval().fold().state_dict(), tmp_path / "folded.pth")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"folded\.pth is of a folded model: .*; nothing was loaded"):
+        load_checkpoint(model, tmp_path / "folded.pth", min_match=0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert load_checkpoint(model.fold(), tmp_path / "folded.pth").share == 1
+
+
+def test_nothing_is_loaded_into_no_memory(tmp_path):
+    model = mlfast.create_model("test_resnet", 5)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="on the meta device"):
+        load_checkpoint(model.to("meta"), tmp_path / "w.pth")
+
+
+def test_an_average_of_a_single_number_is_no_average(tmp_path):
+    model = mlfast.create_model("test_resnet", 5)
+    torch.save({"ema": {"decay": torch.tensor(0.9)}, "model": model.state_dict()}, tmp_path / "w.pth")
+    assert load_checkpoint(model, tmp_path / "w.pth").source == "model"

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import elu, leaky_relu
 
 import mlfast
-from mlfast.nn.graph_branch import GraphConvolution
+from mlfast.nn.graph_branch import GraphBranch, GraphConvolution
 
 KINDS = ["gat", "gcn"]
 # Executed with the released code: see the values below.
@@ -79,7 +79,7 @@ def test_shape_range_and_gradients(kind):
     weight.sum().backward()
     assert all(p.grad is not None for p in branch.parameters())
     assert all(p.grad.abs().sum() > 0 for name, p in branch.named_parameters() if "att" not in name)
-    assert not branch.vectors.requires_grad and branch.layers[0](branch.vectors, branch.graph).shape == (5, 3)
+    assert not branch.vectors.requires_grad and branch.layers[0](branch.vectors, branch.links()).shape == (5, 3)
 
 
 def test_dropout_only_in_training():
@@ -99,7 +99,7 @@ def test_graph_and_vectors_are_saved_moved_and_copied(kind):
         for parameter in other.parameters():
             parameter.normal_()
     other.edge_index = other.edge_index.flip(0)
-    other.graph = other._build_graph()
+    other.kept_graph = other._graph_of_edges()
     assert not torch.allclose(other.weight(), branch.weight())
     other.load_state_dict(branch.state_dict())
     torch.testing.assert_close(other.weight(), branch.weight())
@@ -107,7 +107,7 @@ def test_graph_and_vectors_are_saved_moved_and_copied(kind):
     double = copy.deepcopy(branch).double()
     assert double.weight().dtype == torch.float64
     torch.testing.assert_close(double.weight().float(), branch.weight())
-    assert branch.to("meta").graph.device.type == "meta"
+    assert branch.to("meta").links().device.type == "meta"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,3 +160,44 @@ def test_ml_gcn_names_what_is_wrong():
         mlfast.MLGCN(6, 4, vectors=torch.randn(5, 4), graph=torch.eye(5))
     with pytest.raises(ValueError, match=r"expects features \[B, 6, h, w\], got \[2, 5, 3, 3\]"):
         ml_gcn(True)(torch.randn(2, 5, 3, 3))
+
+
+def test_of_graph_convolutions_the_buffers_are_the_graph():
+    branch = make("gcn").eval()
+    expected = copy.deepcopy(branch)
+    state = {name: 3 * tensor if name == "edge_weight" else tensor for name, tensor in branch.state_dict().items()}
+    expected.load_state_dict(state)
+    call = torch.func.functional_call(Weight(branch), {f"branch.{name}": tensor for name, tensor in state.items()}, ())
+    torch.testing.assert_close(call, expected.weight())
+    assert not torch.allclose(branch.weight(), expected.weight())
+    branch.edge_weight.mul_(3)
+    torch.testing.assert_close(branch.weight(), expected.weight())
+
+
+class Weight(torch.nn.Module):
+    """A branch as a module that is called."""
+
+    def __init__(self, branch):
+        super().__init__()
+        self.branch = branch
+
+    def forward(self):
+        return self.branch.weight()
+
+
+@pytest.mark.parametrize("head", [mlfast.MLGCN, GraphBranch])
+def test_numbers_that_are_none_are_refused(head):
+    good, bad = torch.rand(5, 4), torch.full((5, 5), torch.nan)
+    with pytest.raises(ValueError, match="graph must be numbers, got NaN"):
+        head(vectors=good, graph=bad, **SIZES[head])
+    with pytest.raises(ValueError, match="vectors must be finite numbers"):
+        head(vectors=good / 0, graph=torch.ones(5, 5), **SIZES[head])
+
+
+SIZES = {mlfast.MLGCN: {"in_features": 6, "num_classes": 5}, GraphBranch: {"out_features": 6}}
+
+
+def test_a_bare_head_is_exported():
+    head = mlfast.MLGCN(6, 5, vectors=torch.rand(5, 4), graph=torch.eye(5)).eval()
+    x = torch.rand(2, 6, 3, 3)
+    torch.testing.assert_close(torch.export.export(head, (x,)).module()(x), head(x))

@@ -101,3 +101,11 @@ def test_the_call_of_gat_conv():
         layer((x, x), EDGES)
     with pytest.raises(TypeError, match="edge_index must be a dense tensor"):
         layer(x, torch.eye(6).to_sparse())
+
+
+def test_new_weights_are_drawn_as_theirs():
+    layer, _ = mlfast.accelerate(published.GATConv(300, 256))
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    bound = (6 / (300 + 256)) ** 0.5  # Glorot's, without a gain
+    assert 0.99 * bound < layer.lin.weight.abs().max() <= bound

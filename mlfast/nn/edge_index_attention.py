@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlfast.graph import Graph
 from mlfast.nn.graph_attention import GraphAttention
@@ -20,6 +20,8 @@ class EdgeIndexAttention(GraphAttention):
         in_features, out_features, num_heads, negative_slope, dropout, bias: as in `GraphAttention`.
         add_self_loops: whether every node also attends to itself, once, whatever loops the edges have.
     """
+
+    initial_gain = 1.0  # GATConv's
 
     def __init__(
         self,
@@ -86,13 +88,6 @@ class EdgeIndexAttention(GraphAttention):
                 "torch_geometric.utils.coalesce(edge_index), or keep GATConv if they shall count twice"
             )
         return graph
-
-    def reset_parameters(self) -> None:
-        """Draw new weights as GATConv does, which are smaller than those of `GraphAttention`."""
-        for weight in (self.lin.weight, self.att_src, self.att_dst):
-            nn.init.xavier_uniform_(weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
         """The sizes and numbers, for ``repr``."""

@@ -43,6 +43,8 @@ class GraphAttention(nn.Module):
         ValueError: a size below 1, dropout outside [0, 1), a negative slope below 0, or x that is not [K, N].
     """
 
+    initial_gain = 1.414
+
     def __init__(
         self,
         in_features: int,
@@ -75,7 +77,7 @@ class GraphAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Draw new weights."""
         for weight in (self.lin.weight, self.att_src, self.att_dst):
-            nn.init.xavier_uniform_(weight, gain=1.414)
+            nn.init.xavier_uniform_(weight, self.initial_gain)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

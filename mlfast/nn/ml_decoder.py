@@ -34,7 +34,7 @@ class MLDecoder(nn.Module):
         num_classes: number K of classes.
         num_groups: number L of queries; by default ``min(100, K)``.
         queries: ``"random"``, drawn from N(0, 1) and never trained, as published; ``"learned"``; or word vectors
-            ``[K, V]``, one per class: then a learned linear layer makes the queries of them, all classes share one
+            ``[K, V]``, a tensor or an array, one per class: then a learned linear layer makes the queries of them, all classes share one
             projection, and `set_word_vectors` can name other classes after training (zero-shot).
         embed_dim: width D.
         num_heads: heads of the attention; they divide D.
@@ -73,22 +73,19 @@ class MLDecoder(nn.Module):
         negative_slope: float | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(in_features, num_classes, num_groups, embed_dim, num_heads)
+        _check_sizes(in_features, num_classes, num_groups, embed_dim, num_heads, feedforward_dim)
         if not 0 <= dropout < 1:
             raise ValueError(f"MLDecoder: dropout must be in [0, 1), got {dropout}")
-        sizes("MLDecoder", embed_dim=embed_dim, feedforward_dim=feedforward_dim)
         if bias is None:
             bias = not cosine
         if negative_slope is None:
             negative_slope = 0.2 if cosine else 0.0
         if not math.isfinite(negative_slope):
             raise ValueError(f"MLDecoder: negative_slope must be a finite number, got {negative_slope}")
-        if isinstance(queries, np.ndarray):
-            queries = torch.from_numpy(queries).to(torch.get_default_dtype())
         self.embed = TokenEmbedding(in_features, embed_dim, negative_slope)
         self.word_projection: nn.Linear | None = None
         self.projection: nn.Module
-        if isinstance(queries, Tensor):
+        if isinstance(queries, (Tensor, np.ndarray)):
             if num_groups not in (None, num_classes):
                 raise ValueError(f"word vectors make one query per class, got {num_groups=}; leave it out")
             self.register_buffer("word_vectors", _checked_words(queries, num_classes))
@@ -140,7 +137,7 @@ class MLDecoder(nn.Module):
         target = self.norm1(queries)
         return target, self.query_projection(target)
 
-    def set_word_vectors(self, word_vectors: Tensor) -> None:
+    def set_word_vectors(self, word_vectors: Tensor | np.ndarray) -> None:
         """Ask for other classes, by their word vectors ``[K', V]``: from now on the output is ``[B, K']``.
 
         Raises:
@@ -259,9 +256,11 @@ def _attention_of_classes(layer: CrossAttentionLayer, query: Tensor, memory: Ten
     return rows.repeat_interleave(classes_of_a_query, dim=1)[:, : projection.num_classes]
 
 
-def _check_sizes(in_features: int, num_classes: int, num_groups: int | None, embed_dim: int, num_heads: int) -> None:
+def _check_sizes(
+    in_features: int, num_classes: int, num_groups: int | None, embed_dim: int, num_heads: int, feedforward_dim: int
+) -> None:
     sizes("MLDecoder", in_features=in_features, num_classes=num_classes)
-    sizes("MLDecoder", embed_dim=embed_dim, num_heads=num_heads)
+    sizes("MLDecoder", embed_dim=embed_dim, num_heads=num_heads, feedforward_dim=feedforward_dim)
     if num_groups is not None and not 1 <= integer("MLDecoder", "num_groups", num_groups) <= num_classes:
         raise ValueError(
             f"num_groups must be from 1 to the number of classes, {num_classes}, got {num_groups}; "
@@ -271,7 +270,9 @@ def _check_sizes(in_features: int, num_classes: int, num_groups: int | None, emb
         raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim=} and {num_heads=}")
 
 
-def _checked_words(word_vectors: Tensor, num_classes: int) -> Tensor:
+def _checked_words(word_vectors: Tensor | np.ndarray, num_classes: int) -> Tensor:
+    if isinstance(word_vectors, np.ndarray):
+        word_vectors = torch.from_numpy(word_vectors).to(torch.get_default_dtype())
     if word_vectors.dim() != 2 or not word_vectors.is_floating_point():
         raise ValueError(
             f"word vectors must be [K, V], floating point, got {list(word_vectors.shape)} of {word_vectors.dtype}"

@@ -90,6 +90,8 @@ def test_wrong_sizes_name_the_remedy():
     assert make(num_heads=3, temperatures=[1, 2, 3]).weight.shape == (15, 8)
     with pytest.raises(ValueError, match=r"must be 2 values above 0, one per head, got \[1, 0\]"):
         make(num_heads=2, temperatures=[1, 0])
+    with pytest.raises(ValueError, match="lam must be at least 0 and finite, got nan"):
+        make(lam=float("nan"))
     with pytest.raises(ValueError, match="lam must be at least 0 and finite, got -1"):
         make(lam=-1)
     with pytest.raises(ValueError, match="sizes of at least 1"):

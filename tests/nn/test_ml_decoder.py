@@ -238,3 +238,27 @@ def test_wrong_sizes_name_the_remedy():
         ValueError, match=r"expects features \[B, 10, h, w\] or tokens \[B, N, 10\], got \[2, 11, 3, 3\]"
     ):
         make()(torch.randn(2, 11, 3, 3))
+
+
+def test_word_vectors_may_be_an_array():
+    words = torch.randn(3, 7)
+    torch.manual_seed(0)
+    head = MLDecoder(8, 3, queries=words.double().numpy(), embed_dim=8, num_heads=2).eval()
+    features = torch.randn(2, 8, 2, 2)
+    expected = head(features)
+    head.set_word_vectors(words)
+    torch.testing.assert_close(head(features), expected)
+    head.set_word_vectors(words.flip(0).numpy())
+    torch.testing.assert_close(head(features), expected.flip(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"negative_slope": float("nan")}, "negative_slope must be a finite"),
+        ({"feedforward_dim": 0}, "feedforward_dim=0"),
+    ],
+)
+def test_numbers_that_make_no_head(options, message):
+    with pytest.raises(ValueError, match=message):
+        MLDecoder(8, 3, **options)

@@ -34,8 +34,8 @@ class MLDecoder(nn.Module):
         num_classes: number K of classes.
         num_groups: number L of queries; by default ``min(100, K)``.
         queries: ``"random"``, drawn from N(0, 1) and never trained, as published; ``"learned"``; or word vectors
-            ``[K, V]``, a tensor or an array, one per class: then a learned linear layer makes the queries of them, all classes share one
-            projection, and `set_word_vectors` can name other classes after training (zero-shot).
+            ``[K, V]``, a tensor or an array, one per class: then a learned linear layer makes the queries of them, all
+            classes share one projection, and `set_word_vectors` can name other classes after training (zero-shot).
         embed_dim: width D.
         num_heads: heads of the attention; they divide D.
         feedforward_dim: width between ``linear1`` and ``linear2``.

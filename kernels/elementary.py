@@ -1,10 +1,22 @@
-"""exp, log and sigmoid for Triton kernels, accurate near 0 and 1: the polynomials of csrc/math/elementary.h.
+"""exp, log and sigmoid for Triton kernels, accurate near 0 and 1: the polynomials of csrc/math/elementary.h. And casts.
 
 No libdevice and no inline assembly, so they also run under Triton's interpreter.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def widened(x):
+    """As float64; by float32, since the interpreter converts bfloat16 to and from nothing else."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32).to(tl.float64)
+
+
+@triton.jit
+def narrowed(x, TYPE: tl.constexpr):
+    """To the type of a result, likewise by float32."""
+    return x if x.dtype == TYPE else x.to(tl.float32).to(TYPE)
 
 
 @triton.jit

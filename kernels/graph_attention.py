@@ -56,7 +56,7 @@ def _row_weights(
     return tl.where(inside, weights, 0.0), j, inside
 
 
-@triton.jit(do_not_specialize=["nodes", "heads", "features", "threshold"])
+@triton.jit(do_not_specialize=["nodes", "heads", "threshold"])
 def graph_attention_kernel(
     value, score_src, score_dst, indptr, indices, seed, out, statistics,
     nodes: tl.int32, heads: tl.int32, features: tl.int32,
@@ -114,7 +114,7 @@ def graph_attention_kernel(
         tl.store(statistics + nodes.to(tl.int64) * heads + row, inverse)
 
 
-@triton.jit(do_not_specialize=["nodes", "heads", "features", "threshold"])
+@triton.jit(do_not_specialize=["nodes", "heads", "threshold"])
 def grad_value_kernel(
     value, score_src, score_dst, indptr_t, indices_t, edges_t, seed, statistics, grad_out, grad_value, grad_weights,
     nodes: tl.int32, heads: tl.int32, features: tl.int32,
@@ -247,11 +247,16 @@ def tile(value: torch.Tensor, forward: bool) -> dict[str, int]:
     One warp, where that makes enough programs: then no sum crosses warps.
     """
     nodes, heads, features = value.shape
-    several = min(max(next_power_of_2(features) // 128, 1), 8)
-    num_warps = 1 if nodes * heads >= FEW_PROGRAMS else several
+    padded = next_power_of_2(features)
+    num_warps = 1 if nodes * heads >= FEW_PROGRAMS else min(max(padded // 128, 1), 4 if forward else 8)
     most = 32 * num_warps * (4 if value.dtype == torch.float64 else 8)  # features of one edge
-    block = min(next_power_of_2(features), most)
-    edges = (4 if forward else 2) * most // block  # with more ptxas spills
+    edges = 2  # with more ptxas spills
+    if num_warps > 1:
+        edges = 1 if value.element_size() == 2 else 2
+    if forward and num_warps > 1:  # programs share out the features of a row
+        most, edges = 128 * num_warps, 8
+    block = min(padded, most)
+    edges *= most // block
     return {"BLOCK_EDGES": min(edges, 16), "BLOCK_FEATURES": block, "num_warps": num_warps}
 
 

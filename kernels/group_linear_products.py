@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mlfast.kernels.elementary import narrowed
 from mlfast.kernels.group_linear import Sizes, inverse_length, square_unless_clamped
 from mlfast.kernels.launch import cdiv, launch_kernel
 
@@ -196,10 +197,12 @@ def factors_kernel(
             COSINE, BLOCK_ROWS, BLOCK_SLOTS,
         )  # fmt: skip
     else:
-        first = (tl.program_id(1) - row_blocks) * BLOCK_SLOTS
-        _multiples_of_slots(
-            grad_out, cosines, inv_weight, shrink_weight, group, first, batch, slots, classes, BLOCK_ROWS, BLOCK_SLOTS
-        )
+        if COSINE:
+            first = (tl.program_id(1) - row_blocks) * BLOCK_SLOTS
+            _multiples_of_slots(
+                grad_out, cosines, inv_weight, shrink_weight, group, first, batch, slots, classes,
+                BLOCK_ROWS, BLOCK_SLOTS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -207,7 +210,7 @@ def _less(products, vectors, shrink, grad, mask):
     """grad = products - shrink * vectors."""
     product = tl.load(products, mask=mask)
     result = product - shrink * tl.load(vectors, mask=mask).to(product.dtype)
-    tl.store(grad, result.to(grad.dtype.element_ty), mask=mask)
+    tl.store(grad, narrowed(result, grad.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -250,10 +253,10 @@ def take_kernel(
             _less(of_products, of_x, tl.load(shrink_x + row), to, d < features)
     else:
         if grad_weight is not None:
-            of_group = features * slots
+            of_group = features.to(tl.int64) * slots
             weight_blocks = tl.cdiv(of_group, BLOCK)
             group = ((program - for_x) // weight_blocks).to(tl.int64)
-            i = (program - for_x) % weight_blocks * BLOCK + lane
+            i = (program - for_x) % weight_blocks * BLOCK + lane  # int64, as the group's size
             at = group * of_group + i
             shrink = tl.load(shrink_weight + group * slots + i % slots, mask=i < of_group)
             _less(products_weight + at, weight + at, shrink, grad_weight + at, i < of_group)
@@ -269,11 +272,11 @@ def finish(
     products: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    cosines: torch.Tensor,
-    inv_x: torch.Tensor,
-    inv_weight: torch.Tensor,
+    cosines: torch.Tensor | None,
+    inv_x: torch.Tensor | None,
+    inv_weight: torch.Tensor | None,
 ) -> None:
-    """What follows the products x @ weight; empty ``cosines`` are not written."""
+    """What follows the products x @ weight. The lengths, of cosines, are written and then read."""
     batch, groups, features, slots, classes, cosine = sizes
     slot_blocks = cdiv(slots, TILE["BLOCK_SLOTS"])
     if cosine:
@@ -281,19 +284,19 @@ def finish(
         numbers = batch, groups, features, slots, x.stride(0), x.stride(1)
         launch_kernel(lengths_kernel, (programs,), (x, weight, inv_x, inv_weight), numbers, **LENGTHS_TILE)
     grid = groups, cdiv(batch, TILE["BLOCK_ROWS"]), slot_blocks
-    tensors = products, inv_x, inv_weight, bias, out, cosines if cosines.numel() > 0 else None
+    tensors = products, inv_x, inv_weight, bias, out, cosines
     launch_kernel(place_kernel, grid, tensors, (batch, groups, slots, classes), COSINE=cosine, **TILE)
 
 
 def factors(
     sizes: Sizes,
     grad_out: torch.Tensor,
-    cosines: torch.Tensor,
-    inv_x: torch.Tensor,
-    inv_weight: torch.Tensor,
+    cosines: torch.Tensor | None,
+    inv_x: torch.Tensor | None,
+    inv_weight: torch.Tensor | None,
     factors: torch.Tensor,
-    shrink_x: torch.Tensor,
-    shrink_weight: torch.Tensor,
+    shrink_x: torch.Tensor | None,
+    shrink_weight: torch.Tensor | None,
 ) -> None:
     """What precedes the products of the gradient; the last two are written for cosines alone."""
     batch, groups, _, slots, classes, cosine = sizes

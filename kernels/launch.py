@@ -7,13 +7,16 @@ which need no look into tensors.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from triton.runtime import driver
 
 Numbers = tuple[int | float, ...]
 
 MOST_REMEMBERED = 4096  # so that numbers which differ from call to call do not fill the memory
+_NOTHING = nullcontext()
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
@@ -25,6 +28,13 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is at least n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """A context in which the tensor's GPU is the current one; if it is already, one that costs nothing."""
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(tensor.get_device())
+    return _NOTHING
 
 
 def launch_kernel(
@@ -50,10 +60,11 @@ def launch_kernel(
         *constants.items(),
     )
     found = _compiled.get(key)
-    with torch.cuda.device_of(one):
+    with on_device_of(one):
         if found is not None:
             compiled, last = found
-            compiled[(*grid, 1, 1)](*addresses, *numbers, *last)
+            stream = driver.active.get_current_stream(one.get_device())
+            compiled[(*grid, 1, 1)](*addresses, *numbers, *last, stream=stream)
             return
         compiled = kernel[grid](*tensors, *numbers, **constants)
     # The interpreter compiles nothing, and on ROCm Triton compiles for the sizes of tensors too.

@@ -13,10 +13,9 @@ import triton.language as tl
 
 from mlfast.kernels.launch import cdiv, launch_kernel, next_power_of_2
 
-# In channels_last a tile is 64 channels wide: 128 bytes or more of neighbours in memory.
-CHANNELS_IN_CHANNELS_LAST, POSITIONS_IN_CHANNELS_LAST = 64, 32
-BLOCK_BATCH, BLOCK_CHANNELS = 32, 32  # of the sums over the batch
 NUM_WARPS = 4
+MOST_POSITIONS = tl.constexpr(2**30)
+SUMS_TILE = {"BLOCK_BATCH": 128, "BLOCK_CHANNELS": 8, "num_warps": NUM_WARPS}  # of the sums over the batch
 
 
 @triton.jit
@@ -26,61 +25,75 @@ def _is_above(product, peak):
 
 
 @triton.jit
-def _pool_tile(
-    row, weight, inside_channels, positions, stride,
-    T: tl.constexpr, WHOLE: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
-):  # fmt: skip
-    """Sum of the features, maximum of the products and where it is first, for each of BLOCK_CHANNELS channels."""
-    lane = tl.arange(0, BLOCK_POSITIONS)
-    if WHOLE:  # one tile: nothing to compare with
-        inside = inside_channels[:, None] & (lane < positions)[None, :]
-        total = tl.load(row[:, None] + lane[None, :] * stride, mask=inside, other=0.0).to(T)
-        peak = tl.where(inside, weight[:, None] * total, float("-inf"))
-        argmax = tl.zeros((BLOCK_CHANNELS, BLOCK_POSITIONS), tl.int32) + lane[None, :]
-    else:
-        total = tl.zeros((BLOCK_CHANNELS, BLOCK_POSITIONS), T)
-        peak = tl.full((BLOCK_CHANNELS, BLOCK_POSITIONS), float("-inf"), T)
-        argmax = tl.zeros((BLOCK_CHANNELS, BLOCK_POSITIONS), tl.int32)
-        for start in range(0, positions, BLOCK_POSITIONS):
-            position = start + lane
-            inside = inside_channels[:, None] & (position < positions)[None, :]
-            f = tl.load(row[:, None] + position.to(tl.int64)[None, :] * stride, mask=inside, other=0.0).to(T)
-            product = weight[:, None] * f
-            above = _is_above(product, peak) & inside
-            total += f
-            peak = tl.where(above, product, peak)
-            argmax = tl.where(above, position[None, :], argmax)
-    # A lane that saw -inf alone, or nothing, still says its first position; it counts only where all did.
-    is_nan = peak != peak
-    some_nan = tl.max(is_nan.to(tl.int32), axis=1) > 0
-    highest = tl.max(tl.where(is_nan, float("-inf"), peak), axis=1)
-    at_peak = tl.where(some_nan[:, None], is_nan, peak == highest[:, None])
-    first = tl.min(tl.where(at_peak, argmax, 0x7FFFFFFF), axis=1)
-    return tl.sum(total, axis=1), tl.where(some_nan, float("nan"), highest), first
+def _tile(row, inside_channels, positions, stride, start, T: tl.constexpr, BLOCK_POSITIONS: tl.constexpr):
+    """The features of a tile, their positions, and which of them there are."""
+    position = start + tl.arange(0, BLOCK_POSITIONS)
+    inside = inside_channels[:, None] & (position < positions)[None, :]
+    f = tl.load(row[:, None] + position.to(tl.int64)[None, :] * stride, mask=inside, other=0.0).to(T)
+    return f, position[None, :], inside
 
 
 @triton.jit
-def _pool_tile_without_grad(
+def _pool(
     row, weight, inside_channels, positions, stride,
-    T: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
+    T: tl.constexpr, UNROLL: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCK_CHANNELS channels the sum of the features, the maximum of the products, its place and its feature."""
+    total = tl.zeros((BLOCK_CHANNELS, BLOCK_POSITIONS), T)
+    peak = tl.full((BLOCK_CHANNELS, BLOCK_POSITIONS), float("-inf"), T)
+    first = tl.full((BLOCK_CHANNELS, BLOCK_POSITIONS), 0x7FFFFFFF, tl.int32)  # of lanes that see nothing
+    feature = peak
+    for start in range(0, positions, BLOCK_POSITIONS * UNROLL):
+        for step in tl.static_range(UNROLL):
+            at = start + step * BLOCK_POSITIONS
+            f, position, inside = _tile(row, inside_channels, positions, stride, at, T, BLOCK_POSITIONS)
+            product = weight[:, None] * f
+            above = (_is_above(product, peak) | (at == 0)) & inside  # a first product of -inf counts too
+            total += f
+            peak = tl.where(above, product, peak)
+            first = tl.where(above, position, first)
+            feature = tl.where(above, f, feature)
+    is_nan = peak != peak  # above every number: it counts as inf at a place before all others
+    height = tl.where(is_nan, float("inf"), peak)
+    highest = tl.max(height, axis=1)
+    place = tl.where(is_nan, first - MOST_POSITIONS, first)
+    place = tl.min(tl.where(height == highest[:, None], place, 0x7FFFFFFF), axis=1)
+    position = tl.where(place < 0, place + MOST_POSITIONS, place)
+    feature = tl.sum(tl.where(first == position[:, None], feature, 0.0), axis=1)
+    return tl.sum(total, axis=1), tl.where(place < 0, float("nan"), highest), position, feature
+
+
+@triton.jit
+def _pool_without_grad(
+    row, weight, inside_channels, positions, stride,
+    T: tl.constexpr, UNROLL: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """Sum of the features and maximum of the products, where no one asks for its position: a NaN is in the sum."""
     total = tl.zeros((BLOCK_CHANNELS, BLOCK_POSITIONS), T)
     peak = tl.full((BLOCK_CHANNELS, BLOCK_POSITIONS), float("-inf"), T)
-    for start in range(0, positions, BLOCK_POSITIONS):
-        position = start + tl.arange(0, BLOCK_POSITIONS)
-        inside = inside_channels[:, None] & (position < positions)[None, :]
-        f = tl.load(row[:, None] + position.to(tl.int64)[None, :] * stride, mask=inside, other=0.0).to(T)
-        total += f
-        above = tl.maximum(peak, weight[:, None] * f, propagate_nan=tl.PropagateNan.ALL)
-        peak = tl.where(inside, above, peak)
+    for start in range(0, positions, BLOCK_POSITIONS * UNROLL):
+        for step in tl.static_range(UNROLL):
+            at = start + step * BLOCK_POSITIONS
+            f, _, inside = _tile(row, inside_channels, positions, stride, at, T, BLOCK_POSITIONS)
+            total += f
+            above = tl.maximum(peak, weight[:, None] * f, propagate_nan=tl.PropagateNan.ALL)
+            peak = tl.where(inside, above, peak)
     return tl.sum(tl.where(peak != peak, peak, total), axis=1), tl.max(peak, axis=1)
 
 
-@triton.jit(do_not_specialize=["channels", "positions"])
+@triton.jit
+def _in_quads(positions, QUADS: tl.constexpr):
+    """The number itself; a multiple of 4 in a form that lets the compiler move four neighbours at a time."""
+    result = positions
+    if QUADS:
+        result = positions // 4 * 4
+    return result
+
+
+@triton.jit
 def reweight_pool_kernel(
     features, weight, out, argmax, weight_slope, channels: tl.int32, positions: tl.int32,
-    CHANNELS_LAST: tl.constexpr, NEEDS_GRAD: tl.constexpr, WHOLE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, NEEDS_GRAD: tl.constexpr, QUADS: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """Mean plus maximum of weight * features over positions; a program has BLOCK_CHANNELS channels of one image.
@@ -96,10 +109,12 @@ def reweight_pool_kernel(
         channels, positions: Sizes.
         CHANNELS_LAST: The order of features in memory.
         NEEDS_GRAD: Whether argmax and weight_slope are written.
-        WHOLE: Whether a tile holds all positions.
+        QUADS: Whether positions is a multiple of 4.
+        UNROLL: Tiles whose loads are under way together.
         BLOCK_CHANNELS, BLOCK_POSITIONS: The tile.
     """
     T: tl.constexpr = tl.float64 if features.dtype.element_ty == tl.float64 else tl.float32
+    positions = _in_quads(positions, QUADS)
     blocks = tl.cdiv(channels, BLOCK_CHANNELS)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     channel = tl.program_id(0) % blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -110,25 +125,23 @@ def reweight_pool_kernel(
         row, stride = features + image * positions * channels + channel, channels.to(tl.int64)
     else:
         row, stride = features + to * positions, tl.full((), 1, tl.int64)
-    first = tl.zeros((BLOCK_CHANNELS,), tl.int32)
     if NEEDS_GRAD:
-        total, peak, first = _pool_tile(row, w, inside, positions, stride, T, WHOLE, BLOCK_CHANNELS, BLOCK_POSITIONS)
-    else:
-        total, peak = _pool_tile_without_grad(row, w, inside, positions, stride, T, BLOCK_CHANNELS, BLOCK_POSITIONS)
-    mean = total / positions.to(T)
-    tl.store(out + to, (w * mean + peak).to(out.dtype.element_ty), mask=inside)
-    if NEEDS_GRAD:
-        at_peak = tl.load(row + first.to(tl.int64) * stride, mask=inside, other=0.0).to(T)
+        total, peak, first, feature = _pool(
+            row, w, inside, positions, stride, T, UNROLL, BLOCK_CHANNELS, BLOCK_POSITIONS
+        )
         tl.store(argmax + to, first, mask=inside)
-        tl.store(weight_slope + to, mean + at_peak, mask=inside)
+        tl.store(weight_slope + to, total / positions.to(T) + feature, mask=inside)
+    else:
+        total, peak = _pool_without_grad(row, w, inside, positions, stride, T, UNROLL, BLOCK_CHANNELS, BLOCK_POSITIONS)
+    tl.store(out + to, (w * (total / positions.to(T)) + peak).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["channels", "positions"])
+@triton.jit
 def grad_features_kernel(
     grad_out, weight, argmax, grad_features, channels: tl.int32, positions: tl.int32,
-    CHANNELS_LAST: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, QUADS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """grad_out * weight * (1 / positions + [position == argmax]), in the programs of reweight_pool_kernel.
+    """grad_out * weight * (1 / positions + [position == argmax]); programs as in reweight_pool_kernel.
 
     Args:
         grad_out: Pointer to [batch, channels], any float type.
@@ -136,9 +149,10 @@ def grad_features_kernel(
         grad_features: Pointer to the result, in the layout of the features and the type of grad_out.
         channels, positions: Sizes.
         CHANNELS_LAST: The order of grad_features in memory.
-        BLOCK_CHANNELS, BLOCK_POSITIONS: The tile.
+        QUADS, BLOCK_CHANNELS, BLOCK_POSITIONS: As in reweight_pool_kernel.
     """
     T: tl.constexpr = weight.dtype.element_ty
+    positions = _in_quads(positions, QUADS)
     blocks = tl.cdiv(channels, BLOCK_CHANNELS)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     channel = tl.program_id(0) % blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -190,16 +204,22 @@ def grad_weight_kernel(
 Sizes = tuple[int, int, int, bool]  # batch, channels, positions, channels_last
 
 
-def tile(positions: int, channels_last: bool, forward: bool) -> dict[str, int]:
+def forward_tile(positions: int, channels_last: bool, needs_grad: bool) -> dict[str, int]:
     """A program's tile and its warps, as they were the fastest on an H200."""
     if channels_last:
-        channels = CHANNELS_IN_CHANNELS_LAST if forward else CHANNELS_IN_CHANNELS_LAST // 2
-        wide, num_warps = POSITIONS_IN_CHANNELS_LAST, 8 if forward else 4
-    else:  # one warp, whose sums stay within it; large maps make programs enough without more channels of each
-        elements = 512 if not forward else 256 if positions <= 256 else 128
-        wide, num_warps = max(min(next_power_of_2(positions), 128), 32), 1
-        channels = elements // wide
-    return {"BLOCK_CHANNELS": channels, "BLOCK_POSITIONS": wide, "num_warps": num_warps}
+        return {"UNROLL": 1, "BLOCK_CHANNELS": 64, "BLOCK_POSITIONS": 16, "num_warps": 4}
+    # A warp has whole channels, so that sums stay within it. With and without a gradient they are added alike.
+    channels = 32 if positions <= 64 else 16 if needs_grad else 8
+    unroll = min(cdiv(positions, 64), 2 if needs_grad else 4)
+    return {"UNROLL": unroll, "BLOCK_CHANNELS": channels, "BLOCK_POSITIONS": 64, "num_warps": 4}
+
+
+def backward_tile(positions: int, channels_last: bool) -> dict[str, int]:
+    """Likewise."""
+    if channels_last:
+        return {"BLOCK_CHANNELS": 64, "BLOCK_POSITIONS": 16, "num_warps": 4}
+    wide = max(min(next_power_of_2(positions), 256), 32)
+    return {"BLOCK_CHANNELS": 1024 // wide, "BLOCK_POSITIONS": wide, "num_warps": 1}
 
 
 def reweight_pool(
@@ -207,20 +227,20 @@ def reweight_pool(
     sizes: Sizes,
     weight: torch.Tensor,
     out: torch.Tensor,
-    argmax: torch.Tensor,
-    weight_slope: torch.Tensor,
+    argmax: torch.Tensor | None,
+    weight_slope: torch.Tensor | None,
 ) -> None:
-    """Launches reweight_pool_kernel, which documents the tensors; an empty ``argmax`` is not written."""
+    """Launches reweight_pool_kernel, which documents the tensors; without ``argmax`` for no gradient."""
     batch, channels, positions, channels_last = sizes
-    chosen = tile(positions, channels_last, True)
+    chosen = forward_tile(positions, channels_last, argmax is not None)
     launch_kernel(
         reweight_pool_kernel,
         (batch * cdiv(channels, chosen["BLOCK_CHANNELS"]),),
         (features, weight, out, argmax, weight_slope),
         (channels, positions),
         CHANNELS_LAST=channels_last,
-        NEEDS_GRAD=argmax.numel() > 0,
-        WHOLE=positions <= chosen["BLOCK_POSITIONS"],
+        NEEDS_GRAD=argmax is not None,
+        QUADS=positions % 4 == 0,
         **chosen,
     )
 
@@ -236,12 +256,11 @@ def reweight_pool_backward(
 ) -> None:
     """Launches grad_features_kernel and grad_weight_kernel, each where its result is wanted."""
     batch, channels, positions, channels_last = sizes
-    chosen = tile(positions, channels_last, False)
     if grad_features is not None:
+        chosen = backward_tile(positions, channels_last) | {"CHANNELS_LAST": channels_last, "QUADS": positions % 4 == 0}
         grid = (batch * cdiv(channels, chosen["BLOCK_CHANNELS"]),)
         tensors = grad_out, weight, argmax, grad_features
-        launch_kernel(grad_features_kernel, grid, tensors, (channels, positions), CHANNELS_LAST=channels_last, **chosen)
+        launch_kernel(grad_features_kernel, grid, tensors, (channels, positions), **chosen)
     if grad_weight is not None:
-        grid = (cdiv(channels, BLOCK_CHANNELS),)
-        block = {"BLOCK_BATCH": BLOCK_BATCH, "BLOCK_CHANNELS": BLOCK_CHANNELS, "num_warps": NUM_WARPS}
-        launch_kernel(grad_weight_kernel, grid, (grad_out, weight_slope, grad_weight), (batch, channels), **block)
+        grid = (cdiv(channels, SUMS_TILE["BLOCK_CHANNELS"]),)
+        launch_kernel(grad_weight_kernel, grid, (grad_out, weight_slope, grad_weight), (batch, channels), **SUMS_TILE)

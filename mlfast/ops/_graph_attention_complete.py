@@ -42,13 +42,13 @@ def new_merged(value: Tensor) -> Merged:
 
 def launch(
     backend: str, value: Tensor, score_src: Tensor, score_dst: Tensor, negative_slope: float
-) -> tuple[Tensor, Merged]:
-    """The attended values, and what backward needs besides ``value``."""
+) -> tuple[Tensor, Merged, Tensor | None]:
+    """The attended values, what backward needs besides ``value``, and what spares it work where there is any."""
     value, score_src, score_dst = (in_memory(t) for t in (value, score_src, score_dst))
-    out, merged = torch.empty_like(value), new_merged(value)
+    out, merged, sums = torch.empty_like(value), new_merged(value), None
     if out.numel() > 0:
-        LAUNCH[backend](negative_slope, value, score_src, score_dst, out, *merged)
-    return out, merged
+        sums = LAUNCH[backend](negative_slope, value, score_src, score_dst, out, *merged)
+    return out, merged, sums
 
 
 def launch_backward(
@@ -56,6 +56,7 @@ def launch_backward(
     grad_out: Tensor,
     value: Tensor,
     merged: Merged,
+    sums: Tensor | None,
     score_dtype: torch.dtype,
     negative_slope: float,
     needs: tuple[bool, bool, bool],
@@ -68,7 +69,7 @@ def launch_backward(
         for (shape, dtype), need in zip(shapes, needs, strict=True)
     ]
     if value.numel() > 0:
-        LAUNCH_BACKWARD[backend](negative_slope, score_dtype, grad_out, value, *merged, *grads)
+        LAUNCH_BACKWARD[backend](negative_slope, score_dtype, sums, grad_out, value, *merged, *grads)
     else:  # also F = 0, where the scores are there and have no effect
         for grad in grads:
             if grad is not None:
@@ -83,7 +84,7 @@ def _launch_cpu(negative_slope: float, value: Tensor, score_src: Tensor, *tensor
 
 
 def _launch_backward_cpu(
-    negative_slope: float, score_dtype: torch.dtype, grad_out: Tensor, *tensors: Tensor | None
+    negative_slope: float, score_dtype: torch.dtype, _: Tensor | None, grad_out: Tensor, *tensors: Tensor | None
 ) -> None:
     types = CODES[grad_out.dtype], CODES[score_dtype]
     addresses = map(address, (grad_out, *tensors))
@@ -105,7 +106,8 @@ def _new_sums(value: Tensor, width: int) -> Tensor:
 
 def _launch_triton(
     negative_slope: float, value: Tensor, score_src: Tensor, score_dst: Tensor, out: Tensor, *merged: Tensor
-) -> None:
+) -> Tensor:
+    """Returns the sums over the sources, an eighth of a float32 value's memory."""
     from mlfast.kernels.graph_attention_complete import graph_attention_complete as kernel
     from mlfast.kernels.graph_attention_complete import merged_weights
 
@@ -113,27 +115,30 @@ def _launch_triton(
     weights = torch.empty_like(normalised)
     in_order = sorted_together(score_src, score_dst).contiguous()
     merged_weights(in_order, score_src, score_dst, score_src.amax(dim=0), negative_slope, order, weights)
-    kernel(value, order, weights, _new_sums(value, value.shape[2] + 1), out, normalised)
+    sums = _new_sums(value, value.shape[2] + 1)
+    kernel(value, order, weights, sums, out, normalised)
+    return sums
 
 
 def _launch_backward_triton(
     negative_slope: float,
     _: torch.dtype,
+    sums: Tensor | None,
     grad_out: Tensor,
     value: Tensor,
     order: Tensor,
     weights: Tensor,
-    grad_value: Tensor | None,
     *grads: Tensor | None,
 ) -> None:
-    from mlfast.kernels.graph_attention_complete import graph_attention_complete_backward as kernel
+    from mlfast.kernels.graph_attention_complete import spans, sum_and_scan
+    from mlfast.kernels.graph_attention_complete_backward import graph_attention_complete_backward as kernel
 
-    sums = tuple(_new_sums(value, width) for width in (value.shape[2] + 1, value.shape[2] + 1, 1))
-    exact = value.new_empty(2, *value.shape[:2], dtype=torch.float64)
-    kernel(grad_out, value, order, weights, sums, torch.empty_like(weights), negative_slope, grad_value, *exact)
-    for grad, computed in zip(grads, exact, strict=True):
-        if grad is not None:
-            grad.copy_(computed)
+    if sums is None:
+        sums = _new_sums(value, value.shape[2] + 1)
+        sum_and_scan(value, order, weights, sums, True)
+    all_sums = torch.empty_like(sums), sums, _new_sums(value, 1)
+    parts = weights.new_empty(spans(value)[0], *weights.shape)
+    kernel(grad_out, value, order, weights, all_sums, parts, torch.empty_like(weights), negative_slope, *grads)
 
 
 LAUNCH: dict[str, Any] = {"cpu": _launch_cpu, "triton": _launch_triton}
@@ -144,15 +149,15 @@ LAUNCH_BACKWARD: dict[str, Any] = {"cpu": _launch_backward_cpu, "triton": _launc
 
 
 class CompleteAttentionFunction(torch.autograd.Function):
-    """Keeps the value and O(K) numbers per head; backward sweeps again instead of keeping sums of K x F."""
+    """Keeps the value, O(K) numbers per head and what ``launch`` has; backward sweeps again."""
 
     @staticmethod
     def forward(
         ctx: Any, value: Tensor, score_src: Tensor, score_dst: Tensor, negative_slope: float, backend: str
     ) -> Tensor:
         """Value [K, H, F] and scores [K, H] to [K, H, F]."""
-        out, merged = launch(backend, value, score_src, score_dst, negative_slope)
-        ctx.save_for_backward(value, *merged)
+        out, merged, sums = launch(backend, value, score_src, score_dst, negative_slope)
+        ctx.save_for_backward(value, *merged, sums)
         ctx.call = backend, score_src.dtype, negative_slope
         return out
 
@@ -160,9 +165,9 @@ class CompleteAttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by value, score_src and score_dst."""
         backend, score_dtype, negative_slope = ctx.call
-        value, *merged = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        grads = launch_backward(backend, grad_out, value, Merged(*merged), score_dtype, negative_slope, needs)
+        value, order, weights, sums = ctx.saved_tensors
+        merged, needs = Merged(order, weights), ctx.needs_input_grad[:3]
+        grads = launch_backward(backend, grad_out, value, merged, sums, score_dtype, negative_slope, needs)
         return *without_second_derivative(ctx, grads, grad_out), None, None
 
 
@@ -182,7 +187,7 @@ torch.library.define(
 
 @torch.library.impl("mlfast::graph_attention_complete", ["CPU", "CUDA"])
 def _run(value: Tensor, score_src: Tensor, score_dst: Tensor, negative_slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    out, merged = launch(choose(value.device, SERVED), value, score_src, score_dst, negative_slope)
+    out, merged, _ = launch(choose(value.device, SERVED), value, score_src, score_dst, negative_slope)
     return out, *merged
 
 
@@ -197,7 +202,7 @@ def _run_backward(
 ) -> tuple[Tensor | None, ...]:
     backend = choose(value.device, SERVED)
     merged = Merged(order, weights)
-    return launch_backward(backend, grad_out, value, merged, score_dtype, negative_slope, (True, True, True))
+    return launch_backward(backend, grad_out, value, merged, None, score_dtype, negative_slope, (True, True, True))
 
 
 @torch.library.register_fake("mlfast::graph_attention_complete_backward")

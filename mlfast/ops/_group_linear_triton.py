@@ -1,4 +1,4 @@
-"""group_linear on Triton: its own product where memory bounds it, and a matrix library's with kernels around it."""
+"""group_linear on Triton: its own products for few slots or 16 bits, else a matrix library's with kernels around."""
 
 from __future__ import annotations
 
@@ -14,26 +14,41 @@ if TYPE_CHECKING:
 
 
 def library_multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether the matrix library, which is several times as fast, can be used: not where it would round to 16 bits.
-
-    One slot is no product of matrices.
-    """
-    computing = computing_dtype(torch.promote_types(x.dtype, weight.dtype))
-    return weight.shape[2] > 1 and computing in (x.dtype, weight.dtype)
+    """Whether the matrix library, which for many slots is faster, can be used: not where it would round to 16 bits."""
+    return computing_dtype(torch.promote_types(x.dtype, weight.dtype)) in (x.dtype, weight.dtype)
 
 
-def launch(sizes: Sizes, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *saved: Tensor) -> None:
-    """As kernels/group_linear.py documents the tensors; ``saved``: cosines, inv_x, inv_weight."""
+def has_few_slots(x: Tensor, weight: Tensor) -> bool:
+    """Whether matrix units would bring nothing."""
+    from mlfast.kernels.group_linear_few_slots import MOST_SLOTS, MOST_SLOTS_OF_16_BITS
+
+    return weight.shape[2] <= (MOST_SLOTS if library_multiplies(x, weight) else MOST_SLOTS_OF_16_BITS)
+
+
+def launch(
+    sizes: Sizes,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    cosines: Tensor | None,
+    inv_x: Tensor | None,
+    inv_weight: Tensor | None,
+) -> None:
+    """As kernels/group_linear.py documents the tensors."""
+    from mlfast.kernels import group_linear, group_linear_few_slots, group_linear_products
+
+    if has_few_slots(x, weight):
+        return group_linear_few_slots.group_linear(sizes, x, weight, bias, out, cosines, inv_x, inv_weight)
     if not library_multiplies(x, weight):
-        from mlfast.kernels.group_linear import group_linear
-
-        return group_linear(sizes, x, weight, bias, out, *saved)
-    from mlfast.kernels.group_linear_products import finish
-
-    dtype = saved[0].dtype
+        return group_linear.group_linear(sizes, x, weight, bias, out, cosines, inv_x, inv_weight)
+    dtype = computing_dtype(torch.promote_types(x.dtype, weight.dtype))
+    if sizes.cosine and inv_x is None:
+        inv_x = x.new_empty((sizes.batch, sizes.groups), dtype=dtype)
+        inv_weight = x.new_empty((sizes.groups, sizes.slots), dtype=dtype)
     products = x.new_empty((sizes.groups, sizes.batch, sizes.slots), dtype=dtype)
     torch.bmm(x.transpose(0, 1).to(dtype), weight.to(dtype), out=products)  # what writes to `out` autocast leaves alone
-    finish(sizes, x, weight, products, bias, out, *saved)
+    group_linear_products.finish(sizes, x, weight, products, bias, out, cosines, inv_x, inv_weight)
 
 
 def launch_backward(
@@ -41,24 +56,25 @@ def launch_backward(
     grad_out: Tensor,
     x: Tensor,
     weight: Tensor,
-    cosines: Tensor,
-    inv_x: Tensor,
-    inv_weight: Tensor,
+    cosines: Tensor | None,
+    inv_x: Tensor | None,
+    inv_weight: Tensor | None,
     grad_x: Tensor | None,
     grad_weight: Tensor | None,
 ) -> None:
     """As kernels/group_linear.py documents the tensors."""
+    from mlfast.kernels import group_linear, group_linear_few_slots, group_linear_products
+
     saved = cosines, inv_x, inv_weight
+    if has_few_slots(x, weight):
+        few_slots = group_linear_few_slots.group_linear_backward
+        return few_slots(sizes, grad_out, x, weight, *saved, grad_x, grad_weight)
     if not library_multiplies(x, weight):
-        from mlfast.kernels.group_linear import group_linear_backward
-
-        return group_linear_backward(sizes, grad_out, x, weight, *saved, grad_x, grad_weight)
-    from mlfast.kernels import group_linear_products as kernels
-
-    dtype = inv_x.dtype
+        return group_linear.group_linear_backward(sizes, grad_out, x, weight, *saved, grad_x, grad_weight)
+    dtype = computing_dtype(torch.promote_types(x.dtype, weight.dtype))
     factors = x.new_empty((sizes.groups, sizes.batch, sizes.slots), dtype=dtype)
-    shrink_x, shrink_weight = torch.empty_like(inv_x), torch.empty_like(inv_weight)
-    kernels.factors(sizes, grad_out, *saved, factors, shrink_x, shrink_weight)
+    shrink_x, shrink_weight = (None if inverse is None else torch.empty_like(inverse) for inverse in saved[1:])
+    group_linear_products.factors(sizes, grad_out, *saved, factors, shrink_x, shrink_weight)
     of_x = of_weight = None
     if grad_x is not None:
         of_x = _as_computed(grad_x, dtype)
@@ -67,7 +83,7 @@ def launch_backward(
         of_weight = _as_computed(grad_weight, dtype)
         torch.bmm(x.to(dtype).permute(1, 2, 0), factors, out=of_weight)
     if sizes.cosine:
-        kernels.take(sizes, (of_x, x, shrink_x, grad_x), (of_weight, weight, shrink_weight, grad_weight))
+        group_linear_products.take(sizes, (of_x, x, shrink_x, grad_x), (of_weight, weight, shrink_weight, grad_weight))
         return
     for grad, products in ((grad_x, of_x), (grad_weight, of_weight)):
         if grad is not None and products is not None and grad is not products:

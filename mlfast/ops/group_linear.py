@@ -63,6 +63,10 @@ class Sizes(NamedTuple):
     cosine: bool
 
 
+# Of the forward pass: the output, and what the gradient of cosines needs.
+Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
 def sizes_of(x: Tensor, weight: Tensor, num_classes: int, cosine: bool) -> Sizes:
     """The sizes of a call with these tensors."""
     batch, groups, features = x.shape
@@ -77,35 +81,40 @@ def launch(
     num_classes: int,
     cosine: bool,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output [B, K], and for the gradient the cosines [B, K], 1 / \\|x\\| [B, L] and 1 / \\|w\\| [L, f].
+    *,
+    needs_grad: bool,
+) -> Outputs:
+    """The output [B, K], and for the gradient of cosines: these [B, K], 1 / \\|x\\| [B, L] and 1 / \\|w\\| [L, f].
 
-    The latter three are empty without ``cosine``, and the cosines too where there is no bias: they are the output.
+    The cosines are None where there is no bias: they are the output.
     """
-    outputs = allocate(x, weight, bias, num_classes, cosine, out_dtype)
+    keeps = cosine and (needs_grad or backend == "cpu")  # whose kernels keep lengths for themselves
+    outputs = allocate(x, weight, bias, num_classes, out_dtype, keeps)
     if x.shape[0] > 0:
         sizes = sizes_of(x, weight, num_classes, cosine)
-        computing = outputs[2].dtype
-        bias = None if bias is None else in_memory(bias.to(computing))
+        bias = None if bias is None else in_memory(bias.to(computing_type(x, weight)))
         LAUNCH[backend](sizes, with_contiguous_rows(x), in_memory(weight), bias, *outputs)
-    else:
+    elif outputs[3] is not None:
         outputs[3].zero_()
     return outputs
 
 
+def computing_type(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What the kernels compute in, and keep."""
+    return computing_dtype(torch.promote_types(x.dtype, weight.dtype))
+
+
 def allocate(
-    x: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int, cosine: bool, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised tensors for what :func:`launch` returns."""
-    batch, groups, _ = x.shape
-    computing = computing_dtype(torch.promote_types(x.dtype, weight.dtype))
-    cosines = (batch, num_classes) if cosine and bias is not None else (0,)
-    return (
-        x.new_empty((batch, num_classes), dtype=out_dtype),
-        x.new_empty(cosines, dtype=computing),
-        x.new_empty((batch, groups) if cosine else (0,), dtype=computing),
-        x.new_empty((groups, weight.shape[2]) if cosine else (0,), dtype=computing),
-    )
+    x: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int, out_dtype: torch.dtype, keeps: bool
+) -> Outputs:
+    """Uninitialised tensors for what :func:`launch` returns; ``keeps``: also what the gradient of cosines needs."""
+    batch, groups, slots = *x.shape[:2], weight.shape[2]
+    out = x.new_empty((batch, num_classes), dtype=out_dtype)
+    if not keeps:
+        return out, None, None, None
+    computing = computing_type(x, weight)
+    cosines = None if bias is None else x.new_empty((batch, num_classes), dtype=computing)
+    return out, cosines, x.new_empty((batch, groups), dtype=computing), x.new_empty((groups, slots), dtype=computing)
 
 
 def with_contiguous_rows(x: Tensor) -> Tensor:
@@ -120,7 +129,7 @@ def launch_backward(
     grad_out: Tensor,
     x: Tensor,
     weight: Tensor,
-    saved: Sequence[Tensor],
+    saved: Sequence[Tensor | None],
     cosine: bool,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -148,9 +157,11 @@ def _rows(x: Tensor | None) -> tuple[int, int, int, int]:
     return (0, 0, 0, 0) if x is None else (x.data_ptr(), CODES[x.dtype], x.stride(0), x.stride(1))
 
 
-def _launch_cpu(sizes: Sizes, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *saved: Tensor) -> None:
+def _launch_cpu(
+    sizes: Sizes, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *saved: Tensor | None
+) -> None:
     _native.group_linear_cpu(
-        (*sizes, CODES[saved[0].dtype]),
+        (*sizes, CODES[computing_type(x, weight)]),
         _rows(x),
         weight.data_ptr(),
         CODES[weight.dtype],
@@ -166,14 +177,14 @@ def _launch_backward_cpu(
     grad_out: Tensor,
     x: Tensor,
     weight: Tensor,
-    cosines: Tensor,
-    inv_x: Tensor,
-    inv_weight: Tensor,
+    cosines: Tensor | None,
+    inv_x: Tensor | None,
+    inv_weight: Tensor | None,
     grad_x: Tensor | None,
     grad_weight: Tensor | None,
 ) -> None:
     _native.group_linear_backward_cpu(
-        (*sizes, CODES[inv_x.dtype]),
+        (*sizes, CODES[computing_type(x, weight)]),
         grad_out.data_ptr(),
         CODES[grad_out.dtype],
         _rows(x),
@@ -202,7 +213,7 @@ class GroupLinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *call: Any) -> Tensor:
         """x [B, L, D], weight [L, D, f] and bias [K] or None to [B, K]; ``call``: K, cosine, output dtype, backend."""
         *options, backend = call
-        out, *saved = launch(backend, x, weight, bias, *options)
+        out, *saved = launch(backend, x, weight, bias, *options, needs_grad=True)
         _save_for_backward(ctx, (x, weight, bias, *options), (out, *saved))
         ctx.backend = backend
         return out
@@ -217,7 +228,7 @@ class GroupLinearFunction(torch.autograd.Function):
         return *without_second_derivative(ctx, (*grads, grad_bias), grad_out), *[None] * 4
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     x, weight, bias, _, cosine, _ = inputs
     out, cosines, inv_x, inv_weight = output
     if cosine and bias is None:
@@ -247,12 +258,13 @@ torch.library.define(
 
 @torch.library.impl("mlfast::group_linear", ["CPU", "CUDA"])
 def _run(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return launch(choose(x.device, SERVED), x, *arguments[:-2])
+    return tensors_of(launch(choose(x.device, SERVED), x, *arguments[:-2], needs_grad=True), x)
 
 
 @torch.library.register_fake("mlfast::group_linear")
-def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return allocate(*arguments[:-2])
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *call: Any) -> tuple[Tensor, ...]:
+    num_classes, cosine, out_dtype = call[:-2]
+    return tensors_of(allocate(x, weight, bias, num_classes, out_dtype, cosine), x)
 
 
 @torch.library.impl("mlfast::group_linear_backward", ["CPU", "CUDA"])
@@ -325,7 +337,7 @@ def group_linear(
         return torch.ops.mlfast.group_linear(x, weight, bias, *call, x.requires_grad, weight.requires_grad)[0]
     if is_recorded(x, weight, bias):
         return GroupLinearFunction.apply(x, weight, bias, *call, backend)
-    return launch(backend, x, weight, bias, *call)[0]
+    return launch(backend, x, weight, bias, *call, needs_grad=False)[0]
 
 
 def check_arguments(x: Any, weight: Any, bias: Any, num_classes: int) -> None:

@@ -42,18 +42,21 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def launch(backend: str, features: Tensor, weight: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def launch(
+    backend: str, features: Tensor, weight: Tensor, needs_grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The pooled features, and for the gradient where the maxima are and what the weights are multiplied by.
 
-    The latter two are [B, S]; without ``needs_grad`` they are empty.
+    The latter two are [B, S]; without ``needs_grad`` they are None.
     """
     batch, channels, height, width = features.shape
     channels_last = is_channels_last(features)
     features = evaluated(features.contiguous(memory_format=memory_format(channels_last)))
     out = features.new_empty(batch, channels)
-    saved = out.shape if needs_grad else (0,)
-    argmax = features.new_empty(saved, dtype=torch.int32)
-    weight_slope = features.new_empty(saved, dtype=computing_dtype(features.dtype))
+    argmax = weight_slope = None
+    if needs_grad:
+        argmax = torch.empty_like(out, dtype=torch.int32)
+        weight_slope = torch.empty_like(out, dtype=computing_dtype(features.dtype))
     if out.numel() > 0:
         sizes = batch, channels, height * width, channels_last
         LAUNCH[backend](features, sizes, computing_weight(weight, features.dtype), out, argmax, weight_slope)
@@ -93,7 +96,7 @@ def computing_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return in_memory(weight.to(computing_dtype(dtype)))
 
 
-def _launch_cpu(features: Tensor, sizes: tuple[int, int, int, bool], *tensors: Tensor) -> None:
+def _launch_cpu(features: Tensor, sizes: tuple[int, int, int, bool], *tensors: Tensor | None) -> None:
     _native.reweight_pool_cpu(features.data_ptr(), CODES[features.dtype], *sizes, *map(address, tensors))
 
 
@@ -143,16 +146,17 @@ torch.library.define(
 
 
 @torch.library.impl("mlfast::reweight_pool", ["CPU", "CUDA"])
-def _run(features: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return launch(choose(features.device, SERVED), features, weight, any(needs))
+def _run(features: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, ...]:
+    return tensors_of(launch(choose(features.device, SERVED), features, weight, any(needs)), features)
 
 
 @torch.library.register_fake("mlfast::reweight_pool")
-def _fake(features: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(features: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, ...]:
     out = features.new_empty(features.shape[:2])
-    saved = out.shape if any(needs) else (0,)
-    slope = out.new_empty(saved, dtype=computing_dtype(features.dtype))
-    return out, out.new_empty(saved, dtype=torch.int32), slope
+    if not any(needs):
+        return tensors_of((out, None, None), features)
+    slope = torch.empty_like(out, dtype=computing_dtype(features.dtype))
+    return out, torch.empty_like(out, dtype=torch.int32), slope
 
 
 @torch.library.impl("mlfast::reweight_pool_backward", ["CPU", "CUDA"])

@@ -28,10 +28,12 @@ from mlfast.kernels import elementwise_loss as frame
 def compile(module, kernel, signature, constants, options, target):
     module = importlib.import_module("mlfast.kernels." + module)
     kernel = getattr(module, kernel)
-    signature = {**signature, **dict.fromkeys(constants, "constexpr")}
+    multiples = [name for name, kind in signature.items() if kind.endswith(":16")]
+    signature = {name: kind.removesuffix(":16") for name, kind in signature.items()}
+    signature |= dict.fromkeys(constants, "constexpr")
     for parameter in kernel.params:
         assert parameter.annotation_type in ("", signature[parameter.name]), parameter.name
-    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name in multiples]
     source = ASTSource(
         kernel,
         {name: signature[name] for name in kernel.arg_names},
@@ -58,7 +60,11 @@ print(json.dumps([compile(*job) for job in json.load(sys.stdin)]))
 
 
 def compile_ahead(jobs: list, target: tuple, folder: Path) -> list[dict]:
-    """Compiles jobs for a target; raises CalledProcessError where that fails."""
+    """Compiles jobs for a target; raises CalledProcessError where that fails.
+
+    A job is a module, a kernel, its signature, constants and options. Pointers are aligned, as tensors are; "i32:16" is
+    a number that is a multiple of 16.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
 

@@ -10,7 +10,7 @@ from mlfast.kernels import graph_attention_dense as dense
 from tests.kernels.compilers import TARGETS, assert_no_spills
 
 NUMBERS = {"negative_slope": "fp64", "threshold": "i64", "scale": "fp64"}
-SIZES = dict.fromkeys(("nodes", "heads", "features"), "i32")
+SIZES = {"nodes": "i32", "heads": "i32", "features": "i32:16"}
 SPARSE, DENSE = "graph_attention", "graph_attention_dense"
 
 
@@ -67,9 +67,11 @@ def of_vectors(found):
 
 def complete_attention_jobs(value):
     """The kernels of _graph_attention_complete for values of one type."""
-    f64 = dict.fromkeys(("weights", "sums", "sums_rows", "sums_sources", "sums_delta", "dots", "normalised"), "*fp64")
+    f64 = dict.fromkeys(
+        ("weights", "sums", "sums_rows", "sums_sources", "sums_delta", "dots", "normalised", "parts"), "*fp64"
+    )
     pointers = f64 | dict.fromkeys(("x", "value", "out", "grad_out", "grad_value"), "*" + value)
-    pointers |= {"sorted_order": "*i64", "order": "*i32", "grad_src": "*fp64", "grad_dst": "*fp64"}
+    pointers |= {"sorted_order": "*i64", "order": "*i32", "grad_src": "*" + value, "grad_dst": "*" + value}
     computing = "*fp64" if value == "fp64" else "*fp32"
     pointers |= dict.fromkeys(("score_src", "score_dst", "top"), computing)
     sizes = dict.fromkeys(("nodes", "heads", "columns"), "i32")
@@ -83,11 +85,16 @@ def complete_attention_jobs(value):
         ),
         "chunk_sums_kernel": ("x order weights sums", sizes, {"OF_SOURCES": True} | tile),
         "scan_kernel": ("sums", scan, {"SCANNED": 64, "BLOCK": 8}),
-        "collect_kernel": ("value order weights sums out normalised", sizes, tile),
+        "collect_kernel": ("value order weights sums out normalised", sizes | {"span": "i32"}, tile),
         "collect_backward_kernel": (
-            "grad_out value order weights sums_rows sums_sources grad_value dots sums_delta",
-            sizes,
+            "grad_out value order weights sums_rows sums_sources grad_value parts",
+            sizes | {"span": "i32"},
             {"NEEDS_VALUE": True} | tile,
+        ),
+        "dots_kernel": (
+            "order weights parts dots sums_delta",
+            {"nodes": "i32", "heads": "i32", "programs": "i32"},
+            chunk,
         ),
         "grad_scores_kernel": (
             "order weights sums_sources dots sums_delta grad_src grad_dst",
@@ -96,12 +103,19 @@ def complete_attention_jobs(value):
         ),
     }
     return [
-        (COMPLETE, kernel, {name: pointers[name] for name in tensors.split()} | numbers, constants, {})
+        (
+            COMPLETE_BACKWARD if kernel in BACKWARD else COMPLETE,
+            kernel,
+            {name: pointers[name] for name in tensors.split()} | numbers,
+            constants,
+            {},
+        )
         for kernel, (tensors, numbers, constants) in names.items()
     ]
 
 
-COMPLETE = "graph_attention_complete"
+COMPLETE, COMPLETE_BACKWARD = "graph_attention_complete", "graph_attention_complete_backward"
+BACKWARD = ("collect_backward_kernel", "dots_kernel", "grad_scores_kernel")
 COMPLETE_JOBS = [job for value in ("fp32", "bf16", "fp64") for job in complete_attention_jobs(value)]
 # Values of 16 bits reach two kernels of the sparse route; the dense one computes in float32 all the same.
 GRAPH_JOBS = [*jobs("fp32", "fp32", True), *of_vectors(jobs("bf16", "fp32", False))]

@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from mlfast.kernels import group_linear_few_slots as few
 from mlfast.kernels import group_linear_products as products
 from mlfast.kernels import reweight_pool as pool
 from mlfast.kernels.group_linear import tile
@@ -26,30 +27,45 @@ def cosine_linear_jobs(real):
 COSINE_LINEAR = [*cosine_linear_jobs("fp32"), *cosine_linear_jobs("fp64")]
 
 
-def group_linear_job(kernel, x="fp32", weight="fp32", slots=1, cosine=True, bias=False):
+def group_linear_job(kernel, x="fp32", weight="fp32", slots=1, cosine=True, bias=False, features="i32:16"):
     """A kernel of group_linear with the tile that its launcher takes."""
     double = "fp64" in (x, weight)
     computing = "fp64" if double else "fp32"
     kinds = {"x": x, "grad_x": x, "weight": weight, "grad_weight": weight}
     pointers = ("out", "grad_out", "bias", "cosines", "inv_x", "inv_weight")
     signature = {name: "*" + kind for name, kind in (dict.fromkeys(pointers, computing) | kinds).items()}
-    signature |= dict.fromkeys(("batch", "groups", "features", "slots", "classes"), "i32")
-    signature |= {f"{of}_{by}_stride": "i64" for of in ("x", "grad") for by in ("batch", "group")}
-    constants = {"COSINE": cosine, "DOUBLE": double} | tile(slots, kernel == "group_linear_kernel")
+    signature |= dict.fromkeys(("batch", "groups", "slots", "classes"), "i32") | {"features": features}
+    strides = [f"{of}_{by}_stride" for of in ("x", "grad") for by in ("batch", "group")]
+    signature |= dict.fromkeys(strides, features.replace("32", "64"))
+    module = "group_linear"
+    if kernel in FEW_SLOTS_KERNELS:
+        module = "group_linear_few_slots"
+        size = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}[x]
+        forward = kernel == FEW_SLOTS_KERNELS[0]
+        constants = {"DOUBLE": double} | (
+            few.forward_tile(slots, size) if forward else few.backward_tile(slots, double)
+        )
+    else:
+        constants = tile(slots, kernel == "group_linear_kernel")
+    constants["COSINE"] = cosine
     options = {"num_warps": constants.pop("num_warps")}
-    if not bias and kernel == "group_linear_kernel":
+    if not bias and kernel in ("group_linear_kernel", FEW_SLOTS_KERNELS[0]):
         constants |= {"bias": None, "cosines": None}
-    return "group_linear", kernel, signature, constants, options
+    return module, kernel, signature, constants, options
 
 
 GROUP_LINEAR_KERNELS = ("group_linear_kernel", "grad_x_kernel", "grad_weight_kernel")
+FEW_SLOTS_KERNELS = ("few_slots_kernel", "few_slots_backward_kernel")
 GROUP_LINEAR = [
-    *(group_linear_job(kernel) for kernel in GROUP_LINEAR_KERNELS),
-    *(group_linear_job(kernel, "bf16", "fp32", bias=True) for kernel in GROUP_LINEAR_KERNELS),
-    *(group_linear_job(kernel, "fp64", "fp64") for kernel in GROUP_LINEAR_KERNELS),
     *(group_linear_job(kernel, "bf16", "bf16", slots=32) for kernel in GROUP_LINEAR_KERNELS),
-    group_linear_job("group_linear_kernel", "bf16", "fp16", slots=16, cosine=False),
+    group_linear_job("group_linear_kernel", "bf16", "fp16", slots=16, cosine=False, features="i32"),
 ]
+FEW_SLOTS = [
+    group_linear_job(kernel, x, weight, slots=slots, bias=bias)
+    for kernel in FEW_SLOTS_KERNELS
+    for x, weight, bias in (("fp32", "fp32", False), ("bf16", "fp32", True), ("fp64", "fp64", False))
+    for slots in (1, 2, 4, 7, 12)
+] + [group_linear_job(kernel, slots=7, features="i32") for kernel in FEW_SLOTS_KERNELS]
 
 
 def products_jobs(real, x):
@@ -92,24 +108,22 @@ def reweight_pool_jobs(features, channels_last=False, needs_grad=True, positions
     computing = "fp64" if features == "fp64" else "fp32"
     kinds = dict.fromkeys(("features", "out", "grad_out", "grad_features"), "*" + features)
     kinds |= dict.fromkeys(("weight", "weight_slope", "grad_weight"), "*" + computing) | {"argmax": "*i32"}
-    forward, backward = (pool.tile(positions, channels_last, forward) for forward in (True, False))
-    options = [{"num_warps": tile.pop("num_warps")} for tile in (forward, backward)]
-    forward |= {
-        "CHANNELS_LAST": channels_last,
-        "NEEDS_GRAD": needs_grad,
-        "WHOLE": positions <= forward["BLOCK_POSITIONS"],
-    }
-    backward |= {"CHANNELS_LAST": channels_last}
-    sums = {"BLOCK_BATCH": pool.BLOCK_BATCH, "BLOCK_CHANNELS": pool.BLOCK_CHANNELS}
+    kinds |= {"batch": "i32", "channels": "i32:16", "positions": "i32"}
+    common = {"CHANNELS_LAST": channels_last, "QUADS": positions % 4 == 0}
     kernels = {
-        "reweight_pool_kernel": ("features weight out argmax weight_slope", forward, options[0]),
-        "grad_features_kernel": ("grad_out weight argmax grad_features", backward, options[1]),
-        "grad_weight_kernel": ("grad_out weight_slope grad_weight", sums, {}),
+        "reweight_pool_kernel": (
+            "features weight out argmax weight_slope channels positions",
+            common | {"NEEDS_GRAD": needs_grad} | pool.forward_tile(positions, channels_last, needs_grad),
+        ),
+        "grad_features_kernel": (
+            "grad_out weight argmax grad_features channels positions",
+            common | pool.backward_tile(positions, channels_last),
+        ),
+        "grad_weight_kernel": ("grad_out weight_slope grad_weight batch channels", dict(pool.SUMS_TILE)),
     }
-    for kernel, (tensors, constants, chosen) in kernels.items():
-        sizes = ("batch", "channels") if kernel == "grad_weight_kernel" else ("channels", "positions")
-        signature = {name: kinds[name] for name in tensors.split()} | dict.fromkeys(sizes, "i32")
-        yield "reweight_pool", kernel, signature, constants, chosen
+    for kernel, (names, constants) in kernels.items():
+        options = {"num_warps": constants.pop("num_warps")}
+        yield "reweight_pool", kernel, {name: kinds[name] for name in names.split()}, constants, options
 
 
 REWEIGHT_POOL = [
@@ -121,7 +135,7 @@ REWEIGHT_POOL = [
     *reweight_pool_jobs("fp64", channels_last=True),
     next(reweight_pool_jobs("fp16", needs_grad=False)),
 ]
-EVERY_JOB = [*COSINE_LINEAR, *GROUP_LINEAR, *PRODUCTS, *REWEIGHT_POOL]
+EVERY_JOB = [*COSINE_LINEAR, *GROUP_LINEAR, *FEW_SLOTS, *PRODUCTS, *REWEIGHT_POOL]
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
@@ -129,6 +143,18 @@ def test_kernels_do_not_spill(compile_triton, target):
     assert_no_spills(EVERY_JOB, compile_triton, target)
 
 
-def test_group_linear_of_several_slots_runs_on_tensor_cores(compile_triton):
+def test_group_linear_of_many_slots_runs_on_tensor_cores(compile_triton):
     for job, result in zip(GROUP_LINEAR, compile_triton(GROUP_LINEAR, H100), strict=True):
-        assert ("tf32" in result["text"]) == (job[3]["BLOCK_SLOTS"] > 1), job
+        assert "tf32" in result["text"], job
+
+
+@pytest.mark.parametrize("job", [
+    group_linear_job("few_slots_kernel"), group_linear_job("few_slots_backward_kernel"),
+    group_linear_job("few_slots_kernel", slots=7), group_linear_job("few_slots_backward_kernel", slots=7),
+    *list(reweight_pool_jobs("fp32"))[:2], *list(reweight_pool_jobs("fp32", channels_last=True))[:2],
+], ids=lambda job: job[1])  # fmt: skip
+def test_memory_is_moved_16_bytes_at_a_time(compile_triton, job):
+    """Features in multiples of 16, positions in multiples of 4."""
+    (result,) = compile_triton([job], H100)
+    reads = "ld.global.v4" in result["text"] or "grad_out" in job[2]
+    assert reads and ("st.global.v4" in result["text"] or "grad_out" not in job[2])

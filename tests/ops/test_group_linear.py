@@ -72,7 +72,7 @@ def assert_as_good_as_pytorch(x, weight, bias, classes, cosine):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, (9, 3, 70, 2, 5), (3, 2, 40, 4, 7), (5, 2, 72, 12, 20)])
 def test_formula(backend, device, size, dtype, cosine):
     for bias in (False, True):
         assert_as_good_as_pytorch(*example(size, dtype, device, bias=bias), cosine)
@@ -87,10 +87,12 @@ def test_formula_of_usual_sizes(size, cosine):
 
 @pytest.mark.parametrize("dtypes", [
     (torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float64, torch.float32),
-    (torch.bfloat16, torch.float16), (torch.float16, torch.float64),
+    (torch.bfloat16, torch.float16), (torch.float16, torch.float64), (torch.bfloat16, torch.float64),
+    (torch.float64, torch.bfloat16),
 ])  # fmt: skip
-def test_dtypes_of_x_and_weight_may_differ(backend, device, dtypes, cosine):
-    assert_as_good_as_pytorch(*example(SIZES[1], dtypes[0], device, dtypes[1]), cosine)
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_dtypes_of_x_and_weight_may_differ(backend, device, size, dtypes, cosine):
+    assert_as_good_as_pytorch(*example(size, dtypes[0], device, dtypes[1]), cosine)
 
 
 def test_values(backend, device):
@@ -110,19 +112,21 @@ def test_the_reference_is_the_loop_of_the_released_code():
     torch.testing.assert_close(reference(x, weight, bias.double(), num_classes=classes, cosine=True), expected)
 
 
-def test_gradient_of_slots_without_a_class_is_zero(backend, device, cosine):
-    x, weight, _, _ = example((4, 4, 20, 3, 0), device=device)
+@pytest.mark.parametrize("slots", [3, 12])
+def test_gradient_of_slots_without_a_class_is_zero(backend, device, slots, cosine):
+    x, weight, _, _ = example((4, 4, 20, slots, 0), device=device)
     x.requires_grad_(), weight.requires_grad_()
-    group_linear(x, weight, num_classes=5, cosine=cosine).sum().backward()
-    assert (weight.grad[1, :, :2] != 0).any() and (weight.grad[1, :, 2] == 0).all()
+    group_linear(x, weight, num_classes=slots + 2, cosine=cosine).sum().backward()
+    assert (weight.grad[1, :, :2] != 0).any() and (weight.grad[1, :, 2:] == 0).all()
     assert (weight.grad[2:] == 0).all() and (x.grad[:, 2:] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("length", [0.0, 1e-13, 0.99e-12, 1.01e-12, 1e-11])
-def test_short_vectors(backend, device, dtype, length):
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_short_vectors(backend, device, size, dtype, length):
     """Below 1e-12 the length is constant, and so the gradient is that of a product."""
-    x, weight, bias, classes = example(SIZES[1], dtype, device)
+    x, weight, bias, classes = example(size, dtype, device)
     x[1], weight[0, :, 2] = F.normalize(x[1], dim=-1) * length, F.normalize(weight[0, :, 2], dim=0) * length
     got, _ = output_and_grads(x, weight, bias, classes, True)
     with mlfast.use_backend("reference"):
@@ -191,16 +195,17 @@ def test_the_gradient_has_the_layout_of_x(backend, device, cosine):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [(1, 1, 1, 1, 1), (5, 3, 37, 7, 19)])
+@pytest.mark.parametrize("size", [(1, 1, 1, 1, 1), (5, 3, 37, 7, 19), (5, 3, 37, 12, 31)])
 def test_guard_bands(backend, device, size, dtype, cosine):
     if backend == "reference":
         pytest.skip("allocates its own outputs")
     batch, groups, _, slots, classes = size
     x, weight, bias, _ = example(size, dtype, device)
     sizes, computing = Sizes(*size, cosine), computing_dtype(dtype)
-    saved_shapes = ((batch, classes), (batch, groups), (groups, slots)) if cosine else ((0,), (0,), (0,))
+    saved_shapes = ((batch, classes), (batch, groups), (groups, slots)) if cosine else ()
     shapes = (batch, classes), *saved_shapes
     buffers, (out, *saved) = zip(*(guarded(shape, computing, device) for shape in shapes), strict=True)
+    saved = saved or [None] * 3
     LAUNCH[backend](sizes, x, weight, bias, out, *saved)
     grad_buffers, grads = zip(*(guarded(t.shape, dtype, device) for t in (x, weight)), strict=True)
     LAUNCH_BACKWARD[backend](sizes, out.contiguous(), x, weight, *saved, *grads)

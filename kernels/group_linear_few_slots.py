@@ -123,7 +123,7 @@ def few_slots_backward_kernel(
         at = x + (row * x_batch_stride + group * x_group_stride)[:, None] + d[None, :]
         a = tl.load(at, mask=inside, other=0.0).to(T)
         if grad_x is not None:
-            if BLOCK_SLOTS == 1:  # on a GPU, Triton 3.6 adds up an axis of 1 wrongly where warps share it
+            if BLOCK_SLOTS == 1:
                 by_x, along_x = factor * w, along
             else:
                 by_x, along_x = tl.sum(factor[:, :, None] * w[None, :, :], axis=1), tl.sum(along, axis=1)[:, None]
@@ -152,11 +152,12 @@ def forward_tile(slots: int, element_size: int) -> dict[str, int]:
 
 
 def backward_tile(slots: int, double: bool) -> dict[str, int]:
-    """Likewise: rows by slots make 32 in the one warp of a program, as long as registers suffice."""
+    """Likewise. With 16 rows Triton would make the sum over slots a product of matrices in TF32."""
     padded = next_power_of_2(slots)
     names = "BLOCK_ROWS", "BLOCK_FEATURES", "num_warps"
-    wide = 32 if double else 64
-    chosen = (8, 128, 1) if padded == 1 else (4, wide, 2) if padded == 16 else (32 // padded, wide, 1)
+    wide = 32 if double else 64  # with more ptxas spills
+    rows = 8 if padded < 8 else 4
+    chosen = (8, 128, 1) if padded == 1 else (rows, wide, 2 if padded == 16 else 1)
     return {"BLOCK_SLOTS": padded, **dict(zip(names, chosen, strict=True))}
 
 

@@ -148,13 +148,27 @@ def test_group_linear_of_many_slots_runs_on_tensor_cores(compile_triton):
         assert "tf32" in result["text"], job
 
 
-@pytest.mark.parametrize("job", [
-    group_linear_job("few_slots_kernel"), group_linear_job("few_slots_backward_kernel"),
-    group_linear_job("few_slots_kernel", slots=7), group_linear_job("few_slots_backward_kernel", slots=7),
-    *list(reweight_pool_jobs("fp32"))[:2], *list(reweight_pool_jobs("fp32", channels_last=True))[:2],
-], ids=lambda job: job[1])  # fmt: skip
-def test_memory_is_moved_16_bytes_at_a_time(compile_triton, job):
-    """Features in multiples of 16, positions in multiples of 4."""
+def test_group_linear_of_few_slots_is_not_rounded_to_tf32(compile_triton):
+    """Triton makes products that are summed into a `tl.dot` by itself, from 16 rows on."""
+    for job, result in zip(FEW_SLOTS, compile_triton(FEW_SLOTS, H100), strict=True):
+        assert "mma" not in result["text"], job
+
+
+READS, WRITES = "ld.global.v4", "st.global.v4"
+VECTORS = [
+    (group_linear_job(kernel, slots=slots), moved)
+    for kernel, moved in zip(FEW_SLOTS_KERNELS, ((READS,), (READS, WRITES)), strict=True)
+    for slots in (1, 7)
+]
+VECTORS += [
+    (job, moved)
+    for channels_last in (False, True)
+    for job, moved in zip(reweight_pool_jobs("fp32", channels_last), ((READS,), (WRITES,)), strict=False)
+]
+
+
+@pytest.mark.parametrize(("job", "moved"), VECTORS, ids=lambda value: value[1] if len(value) == 5 else "")
+def test_memory_is_moved_16_bytes_at_a_time(compile_triton, job, moved):
+    """Where features come in multiples of 16, positions in multiples of 4."""
     (result,) = compile_triton([job], H100)
-    reads = "ld.global.v4" in result["text"] or "grad_out" in job[2]
-    assert reads and ("st.global.v4" in result["text"] or "grad_out" not in job[2])
+    assert all(instruction in result["text"] for instruction in moved)

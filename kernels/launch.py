@@ -1,12 +1,13 @@
 """Launches of Triton kernels that cost Python little.
 
 `kernel[grid](...)` inspects every argument, builds a text of what it finds, and looks the compiled kernel up by that.
-Here it is found by types, alignments and the numbers themselves, which come again in every step, and takes addresses,
-which need no look into tensors.
+Here it is found by types, alignments and the numbers that code may depend on, which come again in every step, and takes
+addresses, which need no look into tensors.
 """
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,6 +29,13 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is at least n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+@functools.lru_cache
+def _compiled_for(kernel: Any, first: int, count: int) -> tuple[int, ...]:
+    """Which of a kernel's numbers, ``count`` parameters from this one on, the compiled code may depend on."""
+    parameters = getattr(kernel, "params", ())[first : first + count]  # an interpreted kernel has none to compile for
+    return tuple(i for i, parameter in enumerate(parameters) if not parameter.do_not_specialize)
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
@@ -54,7 +62,7 @@ def launch_kernel(
     key = (
         kernel.fn,
         one.device,
-        numbers,
+        *[numbers[i] for i in _compiled_for(kernel, len(tensors), len(numbers))],
         *[None if tensor is None else tensor.dtype for tensor in tensors],
         *[address and address % 16 for address in addresses],
         *constants.items(),

@@ -8,6 +8,7 @@ An op runs on the first backend of its tensor's device that is available here: `
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -92,7 +93,7 @@ def choose(device: torch.device, served: tuple[str, ...] = ("cpu", "triton", "cu
     """
     if _requested is None:
         for name in _BUILT.get(device.type, ()):
-            if name in served:
+            if name in served and (name != "cuda" or _built_for(device)):
                 return name
         return "reference"
     if _requested in KERNELS and _requested not in served:
@@ -102,7 +103,25 @@ def choose(device: torch.device, served: tuple[str, ...] = ("cpu", "triton", "cu
         )
     if not _serves(_requested, device.type):
         raise BackendError(f"backend {_requested!r} was asked for, but it does not run on {device.type} tensors")
+    if _requested == "cuda" and not _built_for(device):
+        raise BackendError(f"backend 'cuda' was asked for, but it is {_built_for_others(device)}")
     return _requested
+
+
+def choose_kernels(device: torch.device, served: tuple[str, ...] = ("cpu", "triton", "cuda")) -> str:
+    """As :func:`choose`, for an op in a graph that was traced with it: the graph has no reference path.
+
+    Raises:
+        BackendError: also where the reference would be taken.
+    """
+    name = choose(device, served)
+    if name == "reference":
+        why = "was asked for" if _requested == name else f"is all that there is for {device.type} tensors"
+        raise BackendError(
+            f"backend 'reference' {why}, but a graph that was compiled or traced for mlfast's kernels is run; compile "
+            "or trace it anew under that backend"
+        )
+    return name
 
 
 def is_exporting() -> bool:
@@ -116,6 +135,25 @@ def _serves(name: str, device_type: str) -> bool:
     if name == "triton" and device_type == "cpu":
         return _interpreting()
     return name == "reference" or name in DEVICES.get(device_type, ())
+
+
+@functools.lru_cache
+def _built_for(device: torch.device | None) -> bool:
+    """Whether the CUDA kernels run on this GPU. One that is not here is believed to be as it should."""
+    if not torch.cuda.is_available():
+        return True
+    major, minor = torch.cuda.get_device_capability(device)
+    archs = [int(arch) for arch in _native.cuda_archs.split(";")]
+    # Machine code serves later chips of its generation, and the last one's PTX all later ones.
+    return 10 * major + minor >= archs[-1] or any(a // 10 == major and a % 10 <= minor for a in archs)
+
+
+def _built_for_others(device: torch.device | None) -> str:
+    name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return (
+        f"built for compute capability {_native.cuda_archs}, and {name} has {major}{minor}; compile for it: "
+        f'MLFAST_CUDA_ARCHS="{_native.cuda_archs};{major}{minor}" MLFAST_CUDA=1 {_install_again()}'
+    )
 
 
 def _interpreting() -> bool:
@@ -177,6 +215,8 @@ def _cuda() -> tuple[bool, str]:
         )
     if not torch.cuda.is_available():
         return False, f"built for compute capability {_native.cuda_archs}, but no GPU: {_why_no_gpu()}"
+    if not _built_for(None):
+        return False, _built_for_others(None)
     return True, f"built for compute capability {_native.cuda_archs}, runs on {torch.cuda.get_device_name()}"
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,25 @@ def test_without_compiled_kernels_everything_runs_on_the_reference():
     assert "- cpu" in result.stdout
     assert "apt-get install g++" in result.stdout
     assert f"pip install --no-deps --editable {ROOT}" in result.stdout
+
+
+@pytest.mark.parametrize(("capability", "runs"), [
+    ((7, 5), False), ((8, 0), True), ((8, 6), True), ((8, 9), True), ((9, 0), True), ((10, 0), True), ((12, 0), True),
+])  # fmt: skip
+def test_cuda_is_taken_on_the_gpus_that_it_was_built_for(monkeypatch, capability, runs):
+    """Machine code for 80 and 90, and PTX of 90."""
+    backends = sys.modules["mlfast.backends"]  # mlfast.backends is the function
+    monkeypatch.setattr(backends, "_native", types.SimpleNamespace(cuda_archs="80;90"))
+    monkeypatch.setitem(backends._BUILT, "cuda", ("cuda", "triton"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "some GPU")
+    backends._built_for.cache_clear()
+    device = torch.device("cuda", 0)
+    assert backends.choose(device) == ("cuda" if runs else "triton")
+    assert backends._state("cuda")[0] == runs
+    monkeypatch.setattr(backends, "_requested", "cuda")
+    if not runs:
+        with pytest.raises(BackendError, match=r"some GPU has 75.*MLFAST_CUDA_ARCHS"):
+            backends.choose(device)
+    backends._built_for.cache_clear()

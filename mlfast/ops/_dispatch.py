@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_NO_JVP = 'mlfast\'s fused ops have no jvp, for forward mode; call the op inside mlfast.use_backend("reference")'
+_NO_RULES = (
+    "mlfast's fused ops have no rules for torch.func's transforms (vmap, grad, jvp, ...) and for batches of gradients; "
+    'call the op inside mlfast.use_backend("reference")'
+)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -18,22 +23,39 @@ def needs_dispatcher(*tensors: Tensor | None) -> bool:
         RuntimeError: one of torch.func's transforms asks for the op, which has no rule for it.
         NotImplementedError: the dispatcher would have a derivative in forward mode that is silently 0.
     """
-    if torch.compiler.is_compiling():
-        return True
     if torch._C._functorch.maybe_current_level() is not None:
-        raise RuntimeError(
-            "mlfast's fused ops have no rules for torch.func's transforms (vmap, grad, jvp, ...); call the op inside "
-            'mlfast.use_backend("reference")'
-        )
+        raise RuntimeError(_NO_RULES)
+    if torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:  # whether a tensor has a tangent, a compiler cannot see
+            raise NotImplementedError(_NO_JVP)
+        return True
     if torch._C._len_torch_dispatch_stack() == 0 and are_plain(*tensors):
         return False
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
-        raise NotImplementedError(
-            'mlfast\'s fused ops have no jvp, for forward mode; call the op inside mlfast.use_backend("reference")'
-        )
+        raise NotImplementedError(_NO_JVP)
     return True
+
+
+def refuse_batches(*incoming: Tensor | None) -> None:
+    """Raises RuntimeError where a backward pass is given several gradients at once, as by is_grads_batched=True."""
+    if any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in incoming):
+        raise RuntimeError(_NO_RULES)
+
+
+def check_traced(needs: Sequence[bool], asked: Sequence[bool]) -> None:
+    """Raises RuntimeError where a gradient is asked for that a traced graph was not made for: it would be None.
+
+    Args:
+        needs: Of the first inputs of an op, which required grad when the graph was traced.
+        asked: Which of them do now, as ``ctx.needs_input_grad`` says.
+    """
+    if any(ask and not need for need, ask in zip(needs, asked, strict=False)):
+        raise RuntimeError(
+            "mlfast: a gradient is asked for by an input that did not require grad when this graph was traced; trace "
+            "it with inputs that require grad"
+        )
 
 
 def are_plain(*tensors: Tensor | None) -> bool:

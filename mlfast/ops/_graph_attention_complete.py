@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mlfast.backends import _native, choose
-from mlfast.ops._dispatch import is_recorded, needs_dispatcher
+from mlfast.backends import _native, choose_kernels
+from mlfast.ops._dispatch import is_recorded, needs_dispatcher, refuse_batches
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._memory import address, in_memory
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
@@ -164,11 +164,12 @@ class CompleteAttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by value, score_src and score_dst."""
+        refuse_batches(grad_out)
         backend, score_dtype, negative_slope = ctx.call
-        value, order, weights, sums = ctx.saved_tensors
+        value, order, weights, sums = saved = ctx.saved_tensors
         merged, needs = Merged(order, weights), ctx.needs_input_grad[:3]
         grads = launch_backward(backend, grad_out, value, merged, sums, score_dtype, negative_slope, needs)
-        return *without_second_derivative(ctx, grads, grad_out), None, None
+        return *without_second_derivative(saved, grads, grad_out), None, None
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile
@@ -187,7 +188,7 @@ torch.library.define(
 
 @torch.library.impl("mlfast::graph_attention_complete", ["CPU", "CUDA"])
 def _run(value: Tensor, score_src: Tensor, score_dst: Tensor, negative_slope: float) -> tuple[Tensor, Tensor, Tensor]:
-    out, merged, _ = launch(choose(value.device, SERVED), value, score_src, score_dst, negative_slope)
+    out, merged, _ = launch(choose_kernels(value.device, SERVED), value, score_src, score_dst, negative_slope)
     return out, *merged
 
 
@@ -200,7 +201,7 @@ def _fake(value: Tensor, score_src: Tensor, score_dst: Tensor, negative_slope: f
 def _run_backward(
     grad_out: Tensor, value: Tensor, order: Tensor, weights: Tensor, score_dtype: torch.dtype, negative_slope: float
 ) -> tuple[Tensor | None, ...]:
-    backend = choose(value.device, SERVED)
+    backend = choose_kernels(value.device, SERVED)
     merged = Merged(order, weights)
     return launch_backward(backend, grad_out, value, merged, None, score_dtype, negative_slope, (True, True, True))
 

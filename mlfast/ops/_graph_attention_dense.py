@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlfast.backends import _native, choose
+from mlfast.backends import _native, choose_kernels
 from mlfast.graph import dense_from
 from mlfast.ops import _graph_attention_sparse as sparse
-from mlfast.ops._dispatch import is_recorded, needs_dispatcher
+from mlfast.ops._dispatch import is_recorded, needs_dispatcher, refuse_batches
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._memory import address, in_memory
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
@@ -181,11 +181,12 @@ class DenseAttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by value and scores."""
-        value, score_src, score_dst, mask, seed, kept = ctx.saved_tensors
+        refuse_batches(grad_out)
+        value, score_src, score_dst, mask, seed, kept = saved = ctx.saved_tensors
         backend, slope, dropout = ctx.call
         grads = launch_backward(backend, grad_out, value, score_src, score_dst, mask, slope, dropout, seed, kept)
         needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
-        return *without_second_derivative(ctx, tuple(needed), grad_out), *[None] * 5
+        return *without_second_derivative(saved, tuple(needed), grad_out), *[None] * 5
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile
@@ -202,7 +203,7 @@ torch.library.define(
 
 @torch.library.impl("mlfast::graph_attention_dense", ["CPU", "CUDA"])
 def _run(value: Tensor, *rest: Any) -> Tensor:
-    backend = choose(value.device, sparse.SERVED)
+    backend = choose_kernels(value.device, sparse.SERVED)
     score_src, score_dst, mask, negative_slope, dropout, seed = rest
     if edges := few_edges(backend, mask):
         return sparse.launch(backend, value, score_src, score_dst, edges, (negative_slope, dropout), seed)[0]
@@ -216,7 +217,7 @@ def _fake(value: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.impl("mlfast::graph_attention_dense_backward", ["CPU", "CUDA"])
 def _run_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    backend = choose(grad_out.device, sparse.SERVED)
+    backend = choose_kernels(grad_out.device, sparse.SERVED)
     value, score_src, score_dst, mask, negative_slope, dropout, seed = rest
     if edges := few_edges(backend, mask):
         scores, options = (value, score_src, score_dst), (edges, (negative_slope, dropout), seed)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mlfast.backends import _native, choose, is_exporting
-from mlfast.ops._dispatch import needs_dispatcher
+from mlfast.ops._dispatch import needs_dispatcher, refuse_batches
 from mlfast.ops._dtypes import CODES
 from mlfast.ops._graph_attention_sparse import SERVED
 from mlfast.ops._memory import address, in_memory
@@ -53,6 +53,7 @@ class ValueAndScoresFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outs: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by the value and the vectors."""
+        refuse_batches(*grad_outs)
         saved = ctx.saved_tensors  # read once: checkpoints unpack them once only
         value = saved[0]
         grad_outs = tuple(in_memory(grad) for grad in grad_outs)
@@ -62,4 +63,4 @@ class ValueAndScoresFunction(torch.autograd.Function):
             _native.graph_attention_scores_backward_cpu(CODES[value.dtype], *value.shape, *addresses)
         else:
             grads = tuple(grad.zero_() for grad in grads)
-        return without_second_derivative(ctx, grads, *grad_outs)
+        return without_second_derivative(saved, grads, *grad_outs)

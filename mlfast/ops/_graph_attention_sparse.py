@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlfast.backends import _native, choose
+from mlfast.backends import _native, choose_kernels
 from mlfast.graph import Graph
-from mlfast.ops._dispatch import is_recorded, needs_dispatcher
+from mlfast.ops._dispatch import is_recorded, needs_dispatcher, refuse_batches
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._memory import address, in_memory
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
@@ -136,12 +136,13 @@ class SparseAttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by value and scores."""
+        refuse_batches(grad_out)
         backend, numbers = ctx.call
-        value, score_src, score_dst, statistics, *edges, seed = ctx.saved_tensors
+        value, score_src, score_dst, statistics, *edges, seed = saved = ctx.saved_tensors
         tensors = value, score_src, score_dst, statistics
         grads = launch_backward(backend, grad_out, *tensors, tuple(edges), numbers, seed)
         needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
-        return *without_second_derivative(ctx, tuple(needed), grad_out), *[None] * 4
+        return *without_second_derivative(saved, tuple(needed), grad_out), *[None] * 4
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile
@@ -162,7 +163,7 @@ torch.library.define(
 @torch.library.impl("mlfast::graph_attention", ["CPU", "CUDA"])
 def _run(value: Tensor, score_src: Tensor, score_dst: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *edges, negative_slope, dropout, seed = rest
-    backend = choose(value.device, SERVED)
+    backend = choose_kernels(value.device, SERVED)
     return launch(backend, value, score_src, score_dst, tuple(edges), (negative_slope, dropout), seed)
 
 
@@ -175,7 +176,7 @@ def _fake(value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 @torch.library.impl("mlfast::graph_attention_backward", ["CPU", "CUDA"])
 def _run_backward(grad_out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     value, score_src, score_dst, statistics, *edges, negative_slope, dropout, seed = rest
-    backend, numbers = choose(grad_out.device, SERVED), (negative_slope, dropout)
+    backend, numbers = choose_kernels(grad_out.device, SERVED), (negative_slope, dropout)
     tensors = value, score_src, score_dst, statistics
     return launch_backward(backend, grad_out, *tensors, tuple(edges), numbers, seed)
 

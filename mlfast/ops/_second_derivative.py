@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 def without_second_derivative(
-    ctx: Any, grads: Sequence[Tensor | None], *incoming: Tensor | None
+    saved: Sequence[Tensor | None], grads: Sequence[Tensor | None], *incoming: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """What a backward pass returns: with create_graph=True, differentiating the gradients again raises.
 
-    They depend on the saved tensors and the incoming gradients. Without an edge to these, a derivative by chosen inputs
-    would pass the gradients by, and be silently wrong.
+    They depend on the saved tensors, which a checkpoint lets one read once only, and the incoming gradients. Without an
+    edge to these, a derivative by chosen inputs would pass the gradients by, and be silently wrong.
     """
     if not torch.is_grad_enabled():
         return tuple(grads)
     requires_grad = torch.empty((), requires_grad=True)
-    of = [tensor for tensor in (*ctx.saved_tensors, *incoming) if tensor is not None]
+    of = [tensor for tensor in (*saved, *incoming) if tensor is not None]
     return tuple(None if grad is None else NoSecondDerivative.apply(grad, requires_grad, *of) for grad in grads)
 
 

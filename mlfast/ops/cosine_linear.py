@@ -9,10 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlfast.backends import _native, choose, is_exporting
+from mlfast.backends import _native, choose, choose_kernels, is_exporting
 from mlfast.ops._autocast import without_autocast
 from mlfast.ops._checks import check_device, check_float_tensor
-from mlfast.ops._dispatch import is_recorded, needed, needs_dispatcher, tensors_of
+from mlfast.ops._dispatch import (
+    check_traced,
+    is_recorded,
+    needed,
+    needs_dispatcher,
+    refuse_batches,
+    tensors_of,
+)
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._memory import in_memory
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
@@ -137,11 +144,12 @@ class CosineLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_cos: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by features and weights."""
-        x, weight, inverse_x, inverse_w = ctx.saved_tensors
+        refuse_batches(grad_cos)
+        x, weight, inverse_x, inverse_w = saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         with torch.no_grad():  # a product that writes to `out` wants it, also under create_graph=True
             grads = launch_backward(ctx.backend, grad_cos, x, weight, inverse_x, inverse_w, needs)
-        return *without_second_derivative(ctx, grads, grad_cos), None
+        return *without_second_derivative(saved, grads, grad_cos), None
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile
@@ -159,7 +167,7 @@ torch.library.define(
 
 @torch.library.impl("mlfast::cosine_linear", ["CPU", "CUDA"])
 def _run(x: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return launch(choose(x.device, SERVED), x, weight)
+    return launch(choose_kernels(x.device, SERVED), x, weight)
 
 
 @torch.library.register_fake("mlfast::cosine_linear")
@@ -172,7 +180,7 @@ def _fake(x: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, Tensor, Tens
 def _run_backward(
     grad_cos: Tensor, x: Tensor, weight: Tensor, inverse_x: Tensor, inverse_w: Tensor, *needs: bool
 ) -> tuple[Tensor, ...]:
-    grads = launch_backward(choose(x.device, SERVED), grad_cos, x, weight, inverse_x, inverse_w, needs)
+    grads = launch_backward(choose_kernels(x.device, SERVED), grad_cos, x, weight, inverse_x, inverse_w, needs)
     return tensors_of(grads, x)
 
 
@@ -188,6 +196,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, grad_cos: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    check_traced(ctx.needs, ctx.needs_input_grad)
     grads = torch.ops.mlfast.cosine_linear_backward(grad_cos, *ctx.saved_tensors, *ctx.needs)
     return *needed(grads, ctx.needs), None, None
 

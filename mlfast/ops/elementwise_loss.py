@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlfast.backends import _native, choose, is_exporting
-from mlfast.ops._dispatch import is_recorded, needs_dispatcher
+from mlfast.backends import _native, choose, choose_kernels, is_exporting
+from mlfast.ops._dispatch import is_recorded, needs_dispatcher, refuse_batches
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._memory import address, evaluated, in_memory
 from mlfast.ops._second_derivative import without_second_derivative
@@ -230,13 +230,15 @@ class ElementwiseLossFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient by ``scores``."""
+        refuse_batches(grad_loss)
         op, backend, options = ctx.call
         unscaled, ctx.unscaled = ctx.unscaled, None
+        saved: tuple[Any, ...] = ctx.saved_tensors if unscaled is None or torch.is_grad_enabled() else ()
         if unscaled is None:  # a second backward through a retained graph: the first one gave the buffer away
-            scores, target, indptr, class_weight = ctx.saved_tensors
+            scores, target, indptr, class_weight = saved
             unscaled = launch(op, backend, scores, target, indptr, class_weight, options, True)[1:]
         grad = finish_grad(backend, unscaled[0], grad_loss, unscaled[1])
-        return *without_second_derivative(ctx, (grad,), grad_loss), *[None] * 6
+        return *without_second_derivative(saved, (grad,), grad_loss), *[None] * 6
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile
@@ -259,7 +261,7 @@ def register(op: ElementwiseLoss) -> ElementwiseLoss:
     ) -> tuple[Tensor, Tensor, Tensor]:
         *values, needs_grad = numbers
         options = op.options(*values)
-        tensors, backend = (scores, target, indptr, class_weight), choose(scores.device)
+        tensors, backend = (scores, target, indptr, class_weight), choose_kernels(scores.device)
         loss, grad, inv_known = launch(op, backend, *tensors, options, needs_grad, new_workspace)
         return (
             loss,
@@ -287,6 +289,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad, inv_known, _ = ctx.saved_tensors
-    scaled = (grad * (grad_loss * inv_known)).to(grad.dtype)
-    return *without_second_derivative(ctx, (scaled,), grad_loss), *[None] * (ctx.number_of_inputs - 1)
+    grad, inv_known, _ = saved = ctx.saved_tensors
+    # A factor without dimensions does not promote: on a GPU it would be rounded to the 16 bits of the gradient.
+    scaled = (grad.to(inv_known.dtype) * (grad_loss * inv_known)).to(grad.dtype)
+    return *without_second_derivative(saved, (scaled,), grad_loss), *[None] * (ctx.number_of_inputs - 1)

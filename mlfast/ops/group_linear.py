@@ -9,12 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlfast.backends import _native, choose, is_exporting
+from mlfast.backends import _native, choose, choose_kernels, is_exporting
 from mlfast.integers import integer
 from mlfast.ops import _group_linear_triton
 from mlfast.ops._autocast import autocast_enabled, without_autocast
 from mlfast.ops._checks import check_device, check_float_tensor
-from mlfast.ops._dispatch import is_recorded, needed, needs_dispatcher, tensors_of
+from mlfast.ops._dispatch import (
+    check_traced,
+    is_recorded,
+    needed,
+    needs_dispatcher,
+    refuse_batches,
+    tensors_of,
+)
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._memory import address, evaluated, in_memory
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
@@ -221,11 +228,12 @@ class GroupLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by x, weight and bias."""
-        x, weight, *saved = ctx.saved_tensors
+        refuse_batches(grad_out)
+        x, weight, *kept = saved = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad_bias = _grad_bias(grad_out, ctx.bias_dtype) if needs[2] else None
-        grads = launch_backward(ctx.backend, grad_out, x, weight, saved, ctx.cosine, needs[:2])
-        return *without_second_derivative(ctx, (*grads, grad_bias), grad_out), *[None] * 4
+        grads = launch_backward(ctx.backend, grad_out, x, weight, kept, ctx.cosine, needs[:2])
+        return *without_second_derivative(saved, (*grads, grad_bias), grad_out), *[None] * 4
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -258,7 +266,7 @@ torch.library.define(
 
 @torch.library.impl("mlfast::group_linear", ["CPU", "CUDA"])
 def _run(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tensors_of(launch(choose(x.device, SERVED), x, *arguments[:-2], needs_grad=True), x)
+    return tensors_of(launch(choose_kernels(x.device, SERVED), x, *arguments[:-2], needs_grad=True), x)
 
 
 @torch.library.register_fake("mlfast::group_linear")
@@ -271,7 +279,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *call: Any) -> tuple[T
 def _run_backward(grad_out: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *saved, cosine = rest[:-2]
     needs = rest[-2:]
-    return tensors_of(launch_backward(choose(x.device, SERVED), grad_out, x, weight, saved, cosine, needs), x)
+    return tensors_of(launch_backward(choose_kernels(x.device, SERVED), grad_out, x, weight, saved, cosine, needs), x)
 
 
 @torch.library.register_fake("mlfast::group_linear_backward")
@@ -287,6 +295,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, grad_out: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    check_traced(ctx.needs, ctx.needs_input_grad)
     grads = torch.ops.mlfast.group_linear_backward(grad_out, *ctx.saved_tensors, ctx.cosine, *ctx.needs)
     grad_bias = _grad_bias(grad_out, ctx.bias_dtype) if ctx.needs_input_grad[2] else None
     return *needed(grads, ctx.needs), grad_bias, *[None] * 5

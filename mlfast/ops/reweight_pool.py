@@ -7,9 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlfast.backends import _native, choose, is_exporting
+from mlfast.backends import _native, choose, choose_kernels, is_exporting
 from mlfast.ops._checks import check_device, check_float_tensor
-from mlfast.ops._dispatch import is_recorded, needed, needs_dispatcher, tensors_of
+from mlfast.ops._dispatch import (
+    check_traced,
+    is_recorded,
+    needed,
+    needs_dispatcher,
+    refuse_batches,
+    tensors_of,
+)
 from mlfast.ops._dtypes import CODES, computing_dtype
 from mlfast.ops._memory import address, evaluated, in_memory
 from mlfast.ops._second_derivative import NoSecondDerivative, without_second_derivative
@@ -125,10 +132,11 @@ class ReweightPoolFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by features and weight."""
+        refuse_batches(grad_out)
         backend, size = ctx.call
-        weight, argmax, slope = ctx.saved_tensors
+        weight, argmax, slope = saved = ctx.saved_tensors
         grads = launch_backward(backend, grad_out, weight, argmax, slope, size, ctx.needs_input_grad[:2])
-        return *without_second_derivative(ctx, grads, grad_out), None
+        return *without_second_derivative(saved, grads, grad_out), None
 
 
 # ---------------------------------------------------------------------------------------------- under torch.compile
@@ -147,7 +155,7 @@ torch.library.define(
 
 @torch.library.impl("mlfast::reweight_pool", ["CPU", "CUDA"])
 def _run(features: Tensor, weight: Tensor, *needs: bool) -> tuple[Tensor, ...]:
-    return tensors_of(launch(choose(features.device, SERVED), features, weight, any(needs)), features)
+    return tensors_of(launch(choose_kernels(features.device, SERVED), features, weight, any(needs)), features)
 
 
 @torch.library.register_fake("mlfast::reweight_pool")
@@ -164,7 +172,9 @@ def _run_backward(
     grad_out: Tensor, weight: Tensor, argmax: Tensor, weight_slope: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     size, needs = rest[:3], rest[3:]
-    grads = launch_backward(choose(grad_out.device, SERVED), grad_out, weight, argmax, weight_slope, size, needs)
+    grads = launch_backward(
+        choose_kernels(grad_out.device, SERVED), grad_out, weight, argmax, weight_slope, size, needs
+    )
     return tensors_of(grads, grad_out)
 
 
@@ -183,6 +193,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, grad_out: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    check_traced(ctx.needs, ctx.needs_input_grad)
     grads = torch.ops.mlfast.reweight_pool_backward(grad_out, *ctx.saved_tensors, *ctx.size, *ctx.needs)
     return *needed(grads, ctx.needs), None, None
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import mlfast
 from mlfast import functional as F
+from mlfast.backends import BackendError
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.rand(4, 8, generator=GENERATOR) * 2 - 1
@@ -126,6 +127,55 @@ def test_transforms_of_functions_are_refused(call):
 def test_forward_mode_through_the_dispatcher_is_refused_too(call):
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         make_fx(lambda x: call(forward_ad.make_dual(x, torch.ones_like(x))))(X)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@each_op
+def test_transforms_and_forward_mode_are_refused_in_compiled_functions_too(call, backend):
+    """Once they gave gradients of None, and tangents of 0."""
+    torch._dynamo.reset()
+    leaf = torch.stack([X, X]).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"torch\.func.*reference"):
+        torch.compile(lambda x: torch.func.vmap(call)(x).sum(), backend=backend)(leaf).backward()
+    with pytest.raises((RuntimeError, NotImplementedError), match="reference"):
+        torch.compile(lambda x: torch.func.jvp(lambda x: call(x).sum(), (x,), (x,))[1], backend=backend)(X)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        torch.compile(call, backend=backend)(forward_ad.make_dual(X, torch.ones_like(X)))
+
+
+@pytest.mark.parametrize("name", ["cosine_linear", "group_linear", "reweight_pool"])
+def test_a_graph_traced_without_gradients_refuses_to_give_one(name):
+    graph = make_fx(lambda x: CALLS[name](x))(X)
+    with pytest.raises(RuntimeError, match="trace"):
+        graph(X.clone().requires_grad_()).sum().backward()
+
+
+@each_op
+def test_batches_of_gradients_are_refused(call):
+    with pytest.raises(RuntimeError, match=r"batches of gradients.*reference"):
+        torch.autograd.functional.jacobian(call, X, vectorize=True)
+
+
+@each_op
+def test_a_compiled_graph_has_no_reference_path(call):
+    torch._dynamo.reset()
+    out = torch.compile(lambda x: call(x).sum(), backend="aot_eager")(X.clone().requires_grad_())
+    graph = make_fx(call)(X)
+    with mlfast.use_backend("reference"):
+        with pytest.raises(BackendError, match="compiled or traced"):
+            graph(X)
+        if call not in (CALLS["aam_loss"], CALLS["asymmetric_loss"]):
+            with pytest.raises(BackendError, match="compiled or traced"):
+                out.backward()  # that of the losses is a multiplication
+
+
+@each_op
+def test_create_graph_in_a_checkpoint(call):
+    """A checkpoint lets saved tensors be read once."""
+    leaf, expected = X.clone().requires_grad_(), X.clone().requires_grad_()
+    out = checkpoint(lambda x: call(x * 1), leaf, use_reentrant=False)
+    (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    torch.testing.assert_close(grad, torch.autograd.grad(call(expected).square().sum(), expected)[0])
 
 
 @each_op

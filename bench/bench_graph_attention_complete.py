@@ -4,6 +4,8 @@ The dense form makes K x K weights, so it is timed up to K = 9605 (369 MB per fl
 algorithm in plain PyTorch: what the kernels bring apart from it.
 """
 
+import warnings
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -74,6 +76,19 @@ def contestants(nodes):
     return {name: training(attention) for name, attention in attentions.items()}
 
 
+def those_that_compile(steps, inputs):
+    """All but what PyTorch cannot compile: 2.11 fails at the sums of the sorted form for a GPU."""
+    able = {}
+    for name, step in steps.items():
+        try:
+            step(*inputs)
+        except torch._inductor.exc.InductorError as error:
+            warnings.warn(f"{name} is left out, PyTorch {torch.__version__} does not compile it: {error}", stacklevel=2)
+        else:
+            able[name] = step
+    return able
+
+
 def assert_same_results(steps, nodes, inputs):
     expected = steps["mlfast"](*inputs)
     for step in list(steps.values())[1:]:
@@ -85,7 +100,8 @@ def bench_graph_attention_complete(benchmark, record, device, quick, size):
     if quick and size != QUICK:
         pytest.skip("left out of --quick")
     nodes, rounds = SIZES[size]
-    inputs, steps = make_inputs(nodes, device), contestants(nodes)
+    inputs = make_inputs(nodes, device)
+    steps = those_that_compile(contestants(nodes), inputs[0])
     assert_same_results(steps, nodes, inputs[0])
     median_us = race(benchmark, steps, inputs, "mlfast", rounds)
     record(

@@ -30,7 +30,7 @@ def ratio_bars(of_op: Sequence[Row]) -> Figure:
         found = [(k, rows.ratios(row)[name]) for k, row in enumerate(of_op) if name in rows.ratios(row)]
         at = [k + (i - (len(names) - 1) / 2) * height for k, _ in found]
         _bars(axes, at, [ratio for _, ratio in found], height=height, label=name, color=PALETTE[i % len(PALETTE)])
-    axes.set_yticks(range(len(of_op)), [row["case"] for row in of_op])
+    axes.set_yticks(range(len(of_op)), [row["case"] + rows.age(row) for row in of_op])
     axes.invert_yaxis()
     _mark_one(axes)
     axes.set_xlabel("times as long as mlfast (logarithmic); left of the line mlfast loses")
@@ -113,7 +113,7 @@ def summary(results: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _label(row: Row) -> str:
-    return f"{row['op']}, {row['case'].removesuffix(' training')}"
+    return f"{row['op']}, {row['case'].removesuffix(' training')}{rows.age(row)}"
 
 
 def save(figure: Figure, path: Path) -> None:

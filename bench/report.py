@@ -83,7 +83,7 @@ def op_rows(row: Row, names: list[str]) -> Iterator[list[str]]:
     lost = {name for name in rows.ratios(row) if rows.is_race(row) and rows.verdict(row, name) == "loses"}
     peaks = {name: value for name, value in row.get("peak_bytes", {}).items() if rows.is_rival(name)}
     yield [
-        escape(row["case"]),
+        escape(row["case"] + rows.age(row)),
         *(cell(row["median_us"], name, name in lost) for name in names),
         quantity(row.get("bytes"), "B"),
         quantity(row.get("operations"), ""),

@@ -7,6 +7,7 @@ A row is what a benchmark hands to the fixture ``record``, as it stands in bench
                                 "... alone" is a part that nobody can do without: a floor, no rival
     bytes, operations           that the op must move and compute, by the formula of its page in docs/; multiply_adds
                                 in the place of operations count as two each
+    commit                      optional: of an earlier run that the row was taken over from; `age` says so beside it
     growth                      optional: {"over": "K", "at": 500, "curve": "training"}, or a list of such: a point of a
                                 sweep; points of one op with the same "over" and "curve" make a curve
 
@@ -42,6 +43,11 @@ def complete(row: Row, race: Row, bandwidth: float, matrix_rate: float) -> Row:
         row["bound_by"] = "memory" if memory_us > compute_us else "arithmetic"
         row["percent_of_roofline"] = round(100 * max(memory_us, compute_us) / measured_us(row), 1)
     return row
+
+
+def age(row: Row) -> str:
+    """What stands behind the name of a row that an earlier run measured."""
+    return f" (at {row['commit']})" if "commit" in row else ""
 
 
 def measured_us(row: Row) -> float:

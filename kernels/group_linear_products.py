@@ -103,9 +103,10 @@ def place_kernel(
         COSINE: Whether products are divided by lengths.
         BLOCK_ROWS, BLOCK_SLOTS: The tile.
     """
-    group = tl.program_id(0).to(tl.int64)
-    row = (tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
-    slot = tl.program_id(2) * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
+    row_blocks, slot_blocks = tl.cdiv(batch, BLOCK_ROWS), tl.cdiv(slots, BLOCK_SLOTS)
+    group = (tl.program_id(0) // slot_blocks // row_blocks).to(tl.int64)
+    row = (tl.program_id(0) // slot_blocks % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+    slot = tl.program_id(0) % slot_blocks * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
     label = group * slots + slot
     known = (slot < slots) & (label < classes)
     inside = (row < batch)[:, None] & known[None, :]
@@ -176,7 +177,7 @@ def factors_kernel(
 ):  # fmt: skip
     """The derivative by the products, in their layout, and what is to be taken away of x and of the weights.
 
-    Programs are (group, block of rows), and for cosines beyond these (group, block of slots).
+    The first programs of a group have blocks of rows, and for cosines the others blocks of slots.
 
     Args:
         grad_out: Pointer to [batch, classes], any float type.
@@ -188,17 +189,20 @@ def factors_kernel(
         COSINE: Whether products are divided by lengths.
         BLOCK_ROWS, BLOCK_SLOTS: The tile.
     """
-    group = tl.program_id(0).to(tl.int64)
     row_blocks = tl.cdiv(batch, BLOCK_ROWS)
-    if tl.program_id(1) < row_blocks:
-        first = tl.program_id(1) * BLOCK_ROWS
+    blocks = row_blocks
+    if COSINE:
+        blocks += tl.cdiv(slots, BLOCK_SLOTS)
+    group, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    if block < row_blocks:
+        first = block * BLOCK_ROWS
         _factors_of_rows(
             grad_out, cosines, inv_x, inv_weight, factors, shrink_x, group, first, batch, groups, slots, classes,
             COSINE, BLOCK_ROWS, BLOCK_SLOTS,
         )  # fmt: skip
     else:
         if COSINE:
-            first = (tl.program_id(1) - row_blocks) * BLOCK_SLOTS
+            first = (block - row_blocks) * BLOCK_SLOTS
             _multiples_of_slots(
                 grad_out, cosines, inv_weight, shrink_weight, group, first, batch, slots, classes,
                 BLOCK_ROWS, BLOCK_SLOTS,
@@ -283,7 +287,7 @@ def finish(
         programs = cdiv(batch * groups, LENGTHS_TILE["BLOCK_ROWS"]) + groups * slot_blocks
         numbers = batch, groups, features, slots, x.stride(0), x.stride(1)
         launch_kernel(lengths_kernel, (programs,), (x, weight, inv_x, inv_weight), numbers, **LENGTHS_TILE)
-    grid = groups, cdiv(batch, TILE["BLOCK_ROWS"]), slot_blocks
+    grid = (groups * cdiv(batch, TILE["BLOCK_ROWS"]) * slot_blocks,)
     tensors = products, inv_x, inv_weight, bias, out, cosines
     launch_kernel(place_kernel, grid, tensors, (batch, groups, slots, classes), COSINE=cosine, **TILE)
 
@@ -300,9 +304,9 @@ def factors(
 ) -> None:
     """What precedes the products of the gradient; the last two are written for cosines alone."""
     batch, groups, _, slots, classes, cosine = sizes
-    grid = groups, cdiv(batch, TILE["BLOCK_ROWS"]) + (cdiv(slots, TILE["BLOCK_SLOTS"]) if cosine else 0)
+    blocks = cdiv(batch, TILE["BLOCK_ROWS"]) + (cdiv(slots, TILE["BLOCK_SLOTS"]) if cosine else 0)
     tensors = grad_out, cosines, inv_x, inv_weight, factors, shrink_x, shrink_weight
-    launch_kernel(factors_kernel, grid, tensors, (batch, groups, slots, classes), COSINE=cosine, **TILE)
+    launch_kernel(factors_kernel, (groups * blocks,), tensors, (batch, groups, slots, classes), COSINE=cosine, **TILE)
 
 
 def take(

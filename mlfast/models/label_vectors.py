@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import re
 import warnings
@@ -19,8 +20,14 @@ def as_label_vectors(vectors: Any, num_classes: int) -> Tensor:
     """Any array [K, N] as a float32 tensor.
 
     Raises:
+        TypeError: a path.
         ValueError: another number of labels, not two dimensions, or values that are not finite.
     """
+    if isinstance(vectors, (str, Path)):
+        raise TypeError(
+            f"label_vectors must be an array [{num_classes}, N], got the path {str(vectors)!r}; read it first, word "
+            "vectors by mlfast.models.read_word_vectors(path, names), an array by numpy.load(path)"
+        )
     vectors = torch.as_tensor(vectors).detach().float()
     if vectors.dim() != 2 or len(vectors) != num_classes or vectors.shape[1] < 1:
         raise ValueError(
@@ -35,19 +42,23 @@ def as_label_vectors(vectors: Any, num_classes: int) -> Tensor:
 def read_word_vectors(path: str | Path, names: Sequence[str]) -> Tensor:
     """Label vectors [K, N] from a text file of word vectors, such as GloVe's ``glove.6B.300d.txt``.
 
-    A line is a word and N numbers. The file is read line by line up to the last word that is wanted. Names are looked
-    up in lower case; a name of several words, apart by spaces or underscores, gets their mean.
+    A line is a word and N numbers, apart by spaces or tabs. The file is read line by line up to the last word that is
+    wanted. Names are looked up in lower case; a name of several words, apart by spaces or underscores, gets their mean.
 
     Args:
-        path: the file, UTF-8. A first line of two numbers, as word2vec writes it, is passed over.
-        names: of the K labels.
+        path: the file, UTF-8, or compressed by gzip if it ends on .gz. A first line of two numbers, as word2vec writes
+            it, is passed over.
+        names: of the K labels, one at least.
 
     Warns:
         UserWarning: words of names that are not in the file; the mean is of the others.
 
     Raises:
-        ValueError: names without any word in the file, or lines of different lengths.
+        ValueError: names without any word in the file, lines of different lengths, numbers that are not finite, or a
+            binary file.
     """
+    if not names:
+        raise ValueError("read_word_vectors: names must be those of the labels, got none")
     words = [re.split(r"[\s_]+", name.strip().lower()) for name in names]
     found = _find_words(Path(path), {word for group in words for word in group})
     missing = sorted({word for group in words for word in group} - set(found))
@@ -63,9 +74,14 @@ def read_word_vectors(path: str | Path, names: Sequence[str]) -> Tensor:
 
 def _find_words(path: Path, wanted: set[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
-            word, _, numbers = line.partition(" ")
+            if "\0" in line:
+                raise ValueError(
+                    f"{path}, line {number}: binary data; expected text, so write the vectors as text first"
+                )
+            word, _, numbers = line.partition("\t" if "\t" in line else " ")
             if word not in wanted or word in found or (number == 1 and len(line.split()) == 2):
                 continue
             try:
@@ -76,6 +92,8 @@ def _find_words(path: Path, wanted: set[str]) -> dict[str, Tensor]:
                 raise ValueError(
                     f"{path}, line {number}: {word!r} has {len(vector)} numbers, others have more or fewer"
                 )
+            if not bool(vector.isfinite().all()):
+                raise ValueError(f"{path}, line {number}: {word!r} has numbers that are not finite")
             found[word] = vector
             if len(found) == len(wanted):
                 break

@@ -33,6 +33,7 @@ _WRAPPERS = (
     "model_state_dict",
     "model",
     "module",
+    "net",
 )
 _TRAINING_PREFIX = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 # How torch.load says that a file is no plain data, rather than damaged.

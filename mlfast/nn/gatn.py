@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mlfast.integers import sizes
 from mlfast.nn.attention import attend
 from mlfast.nn.fixed_classifiers import FixedClassifiers, score
 from mlfast.nn.graph_branch import GraphConvolution, check_vectors
@@ -65,6 +66,15 @@ class GATN(nn.Module):
     ) -> None:
         super().__init__()
         check_vectors(vectors)
+        in_features, num_classes, hidden_features, num_heads = sizes(
+            "GATN",
+            in_features=in_features,
+            num_classes=num_classes,
+            hidden_features=hidden_features,
+            num_heads=num_heads,
+        )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"GATN: dropout must be in [0, 1), got {dropout}")
         if len(vectors) != num_classes:
             raise ValueError(f"GATN needs a vector for each of the {num_classes} classes, got {len(vectors)}")
         if not 0 <= threshold <= 1:

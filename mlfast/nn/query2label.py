@@ -70,6 +70,8 @@ class Query2Label(nn.Module):
         )
         if integer("Query2Label", "encoder_layers", encoder_layers) < 0:
             raise ValueError(f"Query2Label: encoder_layers must be at least 0, got {encoder_layers}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"Query2Label: dropout must be in [0, 1), got {dropout}")
         if width % num_heads or width % 4:
             raise ValueError(
                 f"embed_dim must be a multiple of 4 and of {num_heads=}, got {width}; pass embed_dim or num_heads"

@@ -1,3 +1,5 @@
+import gzip
+
 import numpy as np
 import pytest
 import torch
@@ -51,7 +53,29 @@ def test_odd_lines_are_passed_over(tmp_path):
     assert read_word_vectors(path, ["at", "2"]).tolist() == [[4, 5, 6], [7, 8, 9]]
 
 
+def test_tabs_a_byte_order_mark_and_gzip(tmp_path):
+    text = "\ufeffdog\t1\t2\ncat\t3\t4\n"
+    (tmp_path / "v.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "v.txt.gz").write_bytes(gzip.compress(text.encode()))
+    for name in ("v.txt", "v.txt.gz"):
+        assert read_word_vectors(tmp_path / name, ["dog", "cat"]).tolist() == [[1, 2], [3, 4]]
+
+
+def test_what_is_no_text_of_vectors(tmp_path):
+    path = tmp_path / "v.bin"
+    path.write_bytes(b"1 2\ndog \0\0\x80?")
+    with pytest.raises(ValueError, match=r"v.bin, line 2: binary data; write the vectors as text"):
+        read_word_vectors(path, ["dog"])
+    path.write_text("dog 1 nan\n")
+    with pytest.raises(ValueError, match=r"line 1: 'dog' has numbers that are not finite"):
+        read_word_vectors(path, ["dog"])
+    with pytest.raises(ValueError, match="names must be those of the labels, got none"):
+        read_word_vectors(path, [])
+
+
 def test_any_array():
+    with pytest.raises(TypeError, match=r"got the path 'glove.txt'; read it first"):
+        as_label_vectors("glove.txt", 3)
     assert as_label_vectors(np.ones((3, 2)), 3).dtype == torch.float32
     assert as_label_vectors([[1, 2], [3, 4]], 2).tolist() == [[1, 2], [3, 4]]
     for wrong in (np.ones((2, 2)), np.ones(3), np.ones((3, 0))):

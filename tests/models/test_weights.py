@@ -93,6 +93,12 @@ def test_its_own_state_comes_back_from_safetensors(tmp_path):
     assert report.matched == {name: name for name in model.state_dict()}
 
 
+def test_the_wrapper_of_programs_that_call_a_model_net(tmp_path):
+    theirs, head = published.MLDecoder(), ours()
+    assert load_checkpoint(head, save(tmp_path, {"net": theirs.state_dict(), "acc": 1.0})).source == "net"
+    assert torch.equal(head.queries, theirs.decoder.query_embed.weight)
+
+
 def test_an_average_over_training_comes_first(tmp_path):
     averaged, last, head = published.MLDecoder(), published.MLDecoder(), ours()
     content = {"state_dict": last.state_dict(), "state_dict_ema": renamed(averaged, "module."), "epoch": 1}

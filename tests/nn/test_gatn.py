@@ -110,7 +110,11 @@ def test_what_does_not_fit_is_named():
         mlfast.GATN(6, 5, vectors=torch.randn(5))
     with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\], got 2"):
         make(threshold=2)
-    with pytest.raises(ValueError, match="num_heads must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"GATN needs sizes of at least 1.*num_heads=0"):
         make(num_heads=0)
+    with pytest.raises(TypeError, match=r"GATN: num_heads must be an integer, got float 2\.5"):
+        make(num_heads=2.5)
+    with pytest.raises(ValueError, match=r"GATN: dropout must be in \[0, 1\), got nan"):
+        make(dropout=float("nan"))
     with pytest.raises(ValueError, match=r"expects features \[B, 6, h, w\], got \[2, 5, 3, 3\]"):
         make()(torch.randn(2, 5, 3, 3))

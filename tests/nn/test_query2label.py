@@ -139,5 +139,7 @@ def test_wrong_sizes_name_the_remedy():
             Query2Label(8, 3, **{name: value})
     with pytest.raises(ValueError, match="num_heads=0"):
         Query2Label(8, 5, num_heads=0)
+    with pytest.raises(ValueError, match=r"Query2Label: dropout must be in \[0, 1\), got nan"):
+        Query2Label(8, 5, dropout=float("nan"))
     with pytest.raises(ValueError, match=r"expects features \[B, 8, h, w\], got \[2, 3, 8\]"):
         make()(torch.randn(2, 3, 8, dtype=torch.float64))

@@ -78,9 +78,7 @@ def _find_words(path: Path, wanted: set[str]) -> dict[str, Tensor]:
     with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if "\0" in line:
-                raise ValueError(
-                    f"{path}, line {number}: binary data; expected text, so write the vectors as text first"
-                )
+                raise ValueError(f"{path}, line {number}: binary data; write the vectors as text first")
             word, _, numbers = line.partition("\t" if "\t" in line else " ")
             if word not in wanted or word in found or (number == 1 and len(line.split()) == 2):
                 continue

@@ -244,20 +244,20 @@ def dropping(
 def tile(value: torch.Tensor, forward: bool) -> dict[str, int]:
     """Edges and features of a program, and its warps, as they were the fastest on an H200.
 
-    One warp, where that makes enough programs: then no sum crosses warps.
+    One warp, where that makes enough programs: then no sum crosses warps. Where it does not, programs share out the
+    features of a row forward, and backward have more warps.
     """
     nodes, heads, features = value.shape
-    padded = next_power_of_2(features)
-    num_warps = 1 if nodes * heads >= FEW_PROGRAMS else min(max(padded // 128, 1), 4 if forward else 8)
-    most = 32 * num_warps * (4 if value.dtype == torch.float64 else 8)  # features of one edge
-    edges = 2  # with more ptxas spills
-    if num_warps > 1:
-        edges = 1 if value.element_size() == 2 else 2
-    if forward and num_warps > 1:  # programs share out the features of a row
-        most, edges = 128 * num_warps, 8
+    padded, few = next_power_of_2(features), nodes * heads < FEW_PROGRAMS
+    warps = max(padded // 128, 1)
+    if few and forward:
+        warps = min(warps, 4)
+        return {"BLOCK_EDGES": 8, "BLOCK_FEATURES": min(padded, 128 * warps), "num_warps": warps}
+    warps = min(warps, 8) if few else 1
+    most = 32 * warps * (4 if value.dtype == torch.float64 else 8)  # features of one edge
+    edges = 1 if warps > 1 and value.element_size() == 2 else 2  # with more ptxas spills
     block = min(padded, most)
-    edges *= most // block
-    return {"BLOCK_EDGES": min(edges, 16), "BLOCK_FEATURES": block, "num_warps": num_warps}
+    return {"BLOCK_EDGES": min(edges * most // block, 16), "BLOCK_FEATURES": block, "num_warps": warps}
 
 
 def graph_attention(

@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from mlfast.kernels import graph_attention as sparse
 from mlfast.kernels import graph_attention_dense as dense
-from tests.kernels.compilers import TARGETS, assert_no_spills
+from tests.kernels.compilers import H100, TARGETS, assert_no_spills
 
 NUMBERS = {"negative_slope": "fp64", "threshold": "i64", "scale": "fp64"}
 SIZES = {"nodes": "i32", "heads": "i32", "features": "i32:16"}
@@ -46,7 +46,7 @@ def jobs(value, computing, drops):
         (SPARSE, "grad_score_src_kernel", src | {"heads": "i32"}, scores, {}),
         (DENSE, "add_columns_kernel", columns, {"BLOCK_ROWS": 128, "BLOCK_COLUMNS": 8}, {"num_warps": 4}),
     ]
-    for nodes, features in ((80, 1280), (9605, 1280), (601, 256), (9605, 64), (9605, 8)):
+    for nodes, features in ((80, 1280), (9605, 1280), (601, 256), (80, 64), (9605, 64), (9605, 8)):
         tile, warps = tiled(value, nodes, features, True)
         tile |= drop | {"BLOCK_SCORES": 32}
         found.append((SPARSE, "graph_attention_kernel", forward | SIZES | NUMBERS, tile, warps))
@@ -126,3 +126,9 @@ EVERY_JOB = [*GRAPH_JOBS, *DOUBLE_JOBS, *COMPLETE_JOBS]
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
 def test_kernels_do_not_spill(compile_triton, target):
     assert_no_spills(EVERY_JOB, compile_triton, target)
+
+
+def test_values_are_moved_16_bytes_at_a_time(compile_triton):
+    wide = [job for job in of_vectors(jobs("fp32", "fp32", False)) if job[3]["BLOCK_FEATURES"] >= 256]
+    for job, result in zip(wide, compile_triton(wide, H100), strict=True):
+        assert "ld.global.v4" in result["text"] and "st.global.v4" in result["text"], job

@@ -16,9 +16,6 @@ from mlfast.kernels.elementary import narrowed
 from mlfast.kernels.group_linear import Sizes, factors_of, inverse_length, square_unless_clamped
 from mlfast.kernels.launch import cdiv, launch_kernel, next_power_of_2
 
-MOST_SLOTS = 16
-MOST_SLOTS_OF_16_BITS = 8  # from here on matrix units are faster; see group_linear.py
-
 
 @triton.jit(do_not_specialize=["batch", "groups", "slots", "classes"])
 def few_slots_kernel(

@@ -13,15 +13,16 @@ if TYPE_CHECKING:
     from mlfast.ops.group_linear import Sizes
 
 
+MOST_SLOTS, MOST_SLOTS_OF_16_BITS = 16, 8  # that are few; measured on an H200
+
+
 def library_multiplies(x: Tensor, weight: Tensor) -> bool:
     """Whether the matrix library, which for many slots is faster, can be used: not where it would round to 16 bits."""
     return computing_dtype(torch.promote_types(x.dtype, weight.dtype)) in (x.dtype, weight.dtype)
 
 
 def has_few_slots(x: Tensor, weight: Tensor) -> bool:
-    """Whether matrix units would bring nothing."""
-    from mlfast.kernels.group_linear_few_slots import MOST_SLOTS, MOST_SLOTS_OF_16_BITS
-
+    """Whether a product of matrices would bring nothing over sums within a warp."""
     return weight.shape[2] <= (MOST_SLOTS if library_multiplies(x, weight) else MOST_SLOTS_OF_16_BITS)
 
 

@@ -140,7 +140,7 @@ def _serves(name: str, device_type: str) -> bool:
 @functools.lru_cache
 def _built_for(device: torch.device | None) -> bool:
     """Whether the CUDA kernels run on this GPU. One that is not here is believed to be as it should."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or not _native.cuda_archs:
         return True
     major, minor = torch.cuda.get_device_capability(device)
     archs = [int(arch) for arch in _native.cuda_archs.split(";")]

@@ -28,7 +28,7 @@ class Fit(NamedTuple):
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> list[Curve]:
-    """The sweeps among the rows: three sizes or more."""
+    """The sweeps among the rows, with the contestants that were raced at three sizes or more."""
     found: dict[tuple[str, str, str], Curve] = {}
     for row in rows:
         growth = row.get("growth", [])
@@ -37,16 +37,20 @@ def curves(rows: Sequence[dict[str, Any]]) -> list[Curve]:
             curve = found.setdefault(key, Curve(*key, {}))
             for name, us in row["median_us"].items():
                 curve.points.setdefault(name, []).append((step["at"], us))
-    for curve in found.values():
-        for points in curve.points.values():
-            points.sort()
-    return [curve for curve in found.values() if len({size for size, _ in next(iter(curve.points.values()))}) >= 3]
+    swept = [curve._replace(points=enough(curve.points)) for curve in found.values()]
+    return [curve for curve in swept if curve.points]
+
+
+def enough(points: dict[str, list[Point]]) -> dict[str, list[Point]]:
+    """The contestants, by size, whose growth can be fitted: from two sizes one learns no error."""
+    return {name: sorted(of_one) for name, of_one in points.items() if len({size for size, _ in of_one}) >= 3}
 
 
 def fit(points: Sequence[Point]) -> Fit:
     """Least squares on logarithms over the larger half of the sizes, at least three: below, fixed costs hide growth."""
-    points = sorted(points)
-    used = points[-max(3, math.ceil(len(points) / 2)) :]
+    sizes = sorted({size for size, _ in points})
+    smallest = sizes[-max(3, math.ceil(len(sizes) / 2)) :][0]
+    used = [(size, us) for size, us in points if size >= smallest]
     x = [math.log(size) for size, _ in used]
     y = [math.log(us) for _, us in used]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
@@ -54,7 +58,7 @@ def fit(points: Sequence[Point]) -> Fit:
     exponent = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
     intercept = mean_y - exponent * mean_x
     rest = sum((b - intercept - exponent * a) ** 2 for a, b in zip(x, y, strict=True))
-    return Fit(exponent, math.sqrt(rest / (len(x) - 2) / spread), math.exp(intercept), used[0][0])
+    return Fit(exponent, math.sqrt(rest / (len(x) - 2) / spread), math.exp(intercept), smallest)
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,10 +1,11 @@
 """Exponents of growth, on times whose law is known."""
 
+import json
 import random
 
 import pytest
 
-from bench import growth
+from bench import growth, readme
 
 SIZES = [20, 80, 500, 2000, 9605, 21841]
 
@@ -26,6 +27,10 @@ def test_the_error_tells_of_noise():
     assert 0 < abs(fitted.exponent - 2) < 3 * fitted.error < 0.5
 
 
+def test_a_size_that_was_measured_often_is_one_size():
+    assert growth.fit([(n, 3.0 * n) for n in [*SIZES, *[SIZES[-1]] * 9]]).exponent == pytest.approx(1)
+
+
 def sweep(over="K", curve="training", sizes=SIZES):
     for n in sizes:
         times = {"mlfast": 0.5 * n, "eager": 0.01 * n**2}
@@ -40,3 +45,15 @@ def test_curves_are_rows_of_one_op_and_name():
     assert [size for size, _ in curve.points["eager"]] == SIZES
     (line,) = growth.lines(density)
     assert line.endswith("from K = 2,000 on, grows as its power 1.00 ± 0.00 (mlfast), 2.00 ± 0.00 (eager)")
+
+
+def test_a_contestant_that_was_raced_at_one_size_has_no_curve():
+    rows = [*sweep(), *sweep(sizes=SIZES[:1])]
+    rows[0]["median_us"]["eager gather"] = 1.0
+    (curve,) = growth.curves(rows)
+    assert list(curve.points) == ["mlfast", "eager"]
+
+
+@pytest.mark.parametrize("path", readme.machines(), ids=lambda path: path.stem)
+def test_the_growth_of_every_committed_result_can_be_told(path):
+    assert len(growth.lines(json.loads(path.read_text())["rows"])) >= 5

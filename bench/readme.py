@@ -1,4 +1,4 @@
-"""Writes the measured speeds into README.md and the ops' pages: ``python -m bench.readme``.
+"""Writes the measured speeds into README.md, docs/measured.md and the ops' pages: ``python -m bench.readme``.
 
 A test fails when they differ from the results.
 """
@@ -14,7 +14,7 @@ from bench.rows import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured speeds: written by python -m bench.readme -->", "<!-- end of measured speeds -->"
-PAGES = {  # and the ops whose rows of the latest run on a CPU they show
+PAGES = {  # and the ops whose rows on every CPU they show
     "aam_loss": ["aam_loss"],
     "asymmetric_loss": ["asymmetric_loss"],
     "cosine_linear": ["cosine_linear"],
@@ -90,7 +90,9 @@ def section(path: Path) -> list[str]:
     raced = [row for row in all_rows if rows.is_race(row)]
     rate = f", matrix rate {about['matrix_rate_GFLOPs']} GFLOP/s" if "matrix_rate_GFLOPs" in about else ""
     lines = [
-        f"**{about['processor']}**, torch {about['torch']}, commit {about['commit']}, {about['date']}, "
+        f"## {about['processor']}",
+        "",
+        f"torch {about['torch']}, commit {about['commit']}, {about['date']}, "
         f"copy bandwidth {about['copy_bandwidth_GBps']} GB/s{rate}. Two sizes of each op; every row: "
         f"{link(path)}.",
         "",
@@ -138,19 +140,77 @@ def shown_files() -> list[Path]:
     return [path for path in latest if path]
 
 
-def tables() -> str:
-    """The tables of these, and where the others stand."""
-    shown = shown_files()
+def sections() -> str:
+    """Every machine, CPUs first."""
     lines = [BEGIN, ""]
-    for path in shown:
+    for path in cpus_first():
         lines += [*section(path), ""]
-    for path, about in machines().items():
-        if path not in shown:
-            lines += [
-                f"Also measured: {about['processor']}, commit {about['commit']}, {about['date']}: {link(path)}.",
-                "",
-            ]
     return "\n".join([*lines, END])
+
+
+def overview() -> str:
+    """A line for each training step that is shown of any machine, with a column for each; then what the columns are."""
+    columns = [column for path in cpus_first() for column in columns_of(path)]
+    cases = list(dict.fromkeys(case for _, found in columns for case in found))
+    ops = list(dict.fromkeys(op for op, _ in cases))
+    cases.sort(key=lambda case: ops.index(case[0]))
+    lines = [
+        as_row(["forward + backward, float32", *(title for title, _ in columns)]),
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for case in cases:
+        lines.append(as_row([", ".join(case), *(measured(found.get(case)) for _, found in columns)]))
+    lines += ["", *(about_machine(path) for path in cpus_first())]
+    return "\n".join([BEGIN, "", *lines, "", END])
+
+
+def columns_of(path: Path) -> Iterator[tuple[str, dict[tuple[str, str], Row]]]:
+    """A title, and the rows by op and case: of a CPU the calls, of a GPU these and the kernels alone."""
+    results = json.loads(path.read_text())
+    raced = [row for row in results["rows"] if rows.is_race(row) and rows.is_training(row)]
+    found = {(row["op"], name_of(row)): row for row in shown(raced)}
+    processor = results["machine"]["processor"]
+    yield processor, found
+    if is_gpu(results["machine"]):
+        yield f"{processor}, kernels alone", {case: of_kernels(row) for case, row in found.items() if has_kernels(row)}
+
+
+def name_of(row: Row) -> str:
+    return row["case"].removesuffix(" training").rstrip(",")
+
+
+def measured(row: Row | None) -> str:
+    """mlfast's time, and how many times as long the fastest other way takes."""
+    if row is None:
+        return ""
+    us, ratio = row["median_us"]["mlfast"], rows.fastest_other(row)[1]
+    return f"{us:.0f} µs, {times_as_long(ratio)}" if us < 9_950 else f"{us / 1000:.0f} ms, {times_as_long(ratio)}"
+
+
+def times_as_long(ratio: float) -> str:
+    """Two digits; a loss is bold."""
+    text = f"{ratio:.2g}x" if ratio < 0.995 else f"{ratio:.1f}x" if ratio < 9.95 else f"{ratio:.0f}x"
+    return f"**{text}**" if ratio < 0.995 else text
+
+
+def about_machine(path: Path) -> str:
+    """What stands below the overview: versions, and in how many rows mlfast wins and loses."""
+    results = json.loads(path.read_text())
+    about = results["machine"]
+    older = [row["commit"] for row in results["rows"] if "commit" in row]
+    taken_over = f" {len(older)} rows are of {', '.join(sorted(set(older)))}." if older else ""
+    verdicts = [rows.verdict(row) for row in results["rows"] if rows.is_race(row)]
+    return (
+        f"- {about['processor']}: torch {about['torch']}, commit {about['commit']}, {about['date']}, copy bandwidth "
+        f"{about['copy_bandwidth_GBps']} GB/s. Of {len(verdicts)} rows, forward alone among them, mlfast wins "
+        f"{verdicts.count('wins')} and loses {verdicts.count('loses')}, taking whole calls.{taken_over}"
+    )
+
+
+def cpus_first() -> list[Path]:
+    """All results: CPUs, then GPUs, each by name."""
+    found = machines()
+    return sorted(found, key=lambda path: (is_gpu(found[path]), path.name))
 
 
 def is_gpu(machine: dict[str, str]) -> bool:
@@ -158,7 +218,8 @@ def is_gpu(machine: dict[str, str]) -> bool:
 
 
 def link(path: Path) -> str:
-    return f"[{path.name}]({path.relative_to(ROOT)})"
+    """From a page in docs/."""
+    return f"[{path.name}](../{path.relative_to(ROOT)})"
 
 
 def with_tables(text: str, written: str) -> str:
@@ -168,24 +229,28 @@ def with_tables(text: str, written: str) -> str:
 
 
 def of_page(ops: list[str]) -> str:
-    """Every row of these ops in the latest run on a CPU, in milliseconds."""
-    path = next(path for path, machine in machines().items() if not is_gpu(machine))
+    """Every row of these ops on every CPU."""
+    found = machines()
+    lines = [line for path in cpus_first() if not is_gpu(found[path]) for line in of_machine(path, ops)]
+    return "\n".join([BEGIN, "", *lines, END])
+
+
+def of_machine(path: Path, ops: list[str]) -> Iterator[str]:
+    """Every row of these ops on one machine, in milliseconds."""
     results = json.loads(path.read_text())
     about, by_op = results["machine"], rows.by_op(results["rows"])
-    lines = [
-        BEGIN,
-        "",
+    yield (
         f"{about['processor']}, torch {about['torch']}, commit {about['commit']}, {about['date']}, copy bandwidth "
         f"{about['copy_bandwidth_GBps']} GB/s; milliseconds, and how many times as long as mlfast "
-        "([how](benchmarks.md)).",
-    ]
+        "([how](benchmarks.md))."
+    )
     for op in ops:
         names = rows.contestants(by_op[op])
-        lines += ["", as_row([op, *names, "of copy bandwidth"]), "|" + "---|" * (len(names) + 2)]
+        yield from ("", as_row([op, *names, "of copy bandwidth"]), "|" + "---|" * (len(names) + 2))
         for row in by_op[op]:
             times = [milliseconds(row["median_us"], name) for name in names]
-            lines.append(as_row([row["case"], *times, rows.percent(row.get("percent_of_copy_bandwidth"))]))
-    return "\n".join([*lines, "", END])
+            yield as_row([row["case"], *times, rows.percent(row.get("percent_of_copy_bandwidth"))])
+    yield ""
 
 
 def milliseconds(us: dict[str, float], name: str) -> str:
@@ -198,7 +263,8 @@ def milliseconds(us: dict[str, float], name: str) -> str:
 
 def written() -> dict[Path, str]:
     """Every page that shows speeds, with the present ones."""
-    found = {ROOT / "README.md": tables()} | {ROOT / "docs" / f"{op}.md": of_page(ops) for op, ops in PAGES.items()}
+    found = {ROOT / "README.md": overview(), ROOT / "docs" / "measured.md": sections()}
+    found |= {ROOT / "docs" / f"{op}.md": of_page(ops) for op, ops in PAGES.items()}
     return {path: with_tables(path.read_text(), text) for path, text in found.items()}
 
 

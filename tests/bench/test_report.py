@@ -103,6 +103,22 @@ def test_the_readme_shows_the_columns_that_were_measured(tmp_path, monkeypatch):
     assert "matrix rate 70.0 GFLOP/s" in text
 
 
+def test_the_overview_has_a_column_for_each_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    (results / "a.json").write_text(json.dumps(RESULTS))
+    kernels = {"mlfast": 10.0, "eager": 5.0, "compile": None}
+    mine = [row | {"case": "COCO 9 x 9 training", "kernel_us": kernels, "commit": "abc"} for row in RESULTS["rows"][:1]]
+    gpu = RESULTS["machine"] | {"processor": "A GPU, CUDA 1"}
+    (results / "gpu.json").write_text(json.dumps({"machine": gpu, "rows": mine}))
+    text = readme.overview()
+    assert f"| {MACHINE['processor']} | A GPU, CUDA 1 | A GPU, CUDA 1, kernels alone |" in text
+    assert "| aam_loss, COCO 56 x 80 | 40 µs, 4.0x |  |  |" in text
+    assert "| aam_loss, COCO 9 x 9 |  | 10 µs, 4.0x | 10 µs, **0.5x** |" in text
+    assert "wins 1 and loses 0, taking whole calls. 1 rows are of abc." in text
+
+
 @pytest.mark.parametrize(
     ("arch", "threads", "registers", "shared", "percent"),
     [

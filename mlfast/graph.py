@@ -21,7 +21,7 @@ def dense_from(num_nodes: int, listed: bool = True, device_type: str = "cpu") ->
     if device_type == "cuda":
         return 0.1
     if num_nodes < 256:
-        return 0.9
+        return 0.75
     return 0.5 if listed else 0.25
 
 

@@ -34,4 +34,6 @@ def described(kind: Any) -> str:
     if isinstance(kind, types.UnionType):
         return " or ".join(described(part) for part in typing.get_args(kind))
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "nothing"}
-    return names.get(kind, "a list" if typing.get_origin(kind) is Sequence else "a mapping")
+    return names.get(
+        kind, "a list" if typing.get_origin(kind) is Sequence else "a mapping such as {name: value}, with the blank"
+    )

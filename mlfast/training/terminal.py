@@ -36,11 +36,16 @@ _TITLES = {
     "compute_seconds": "computing",
 }
 
+DEMO_BACKBONE = (
+    "note   test_resnet is the small network of the demo; --backbone NAME takes another of timm's, "
+    "--pretrained true its weights\n"
+)
+
 BAR_FORMAT = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
 
 
 def introduction(config: TrainConfig, data: str, num_classes: int, device: torch.device, begun: int) -> str:
-    """What is about to be trained, in two lines; ``begun`` is the number of finished epochs."""
+    """What is about to be trained, in two lines or three; ``begun`` is the number of finished epochs."""
     weights = "timm's weights" if config.pretrained else config.weights or "random"
     start = f"continued after epoch {begun}" if begun else f"initial weights: {weights}"
     graph = f", graph {config.graph}" if config.graph != "none" else ""
@@ -49,6 +54,7 @@ def introduction(config: TrainConfig, data: str, num_classes: int, device: torch
         f"data   {data}; {num_classes} classes\n"
         f"model  {config.backbone}, head {config.head}{graph}, {start}; loss {config.loss}; "
         f"{config.optimizer}, lr {config.lr:g}, {length}; {device}, {config.precision}\n"
+        f"{DEMO_BACKBONE if config.backbone == 'test_resnet' and config.data != 'digits' else ''}"
     )
 
 

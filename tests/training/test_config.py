@@ -2,9 +2,11 @@ import dataclasses
 import inspect
 
 import pytest
+import torch
 import yaml
 
 from mlfast.training import ConfigError, TrainConfig
+from mlfast.training.terminal import introduction
 
 
 def test_all_problems_are_listed_at_once():
@@ -14,7 +16,7 @@ def test_all_problems_are_listed_at_once():
         TrainConfig.from_dict(wrong)
     assert caught.value.problems == [
         "bach_size: there is no such setting; did you mean batch_size?",
-        "backbone_args: got 3, expected a mapping",
+        "backbone_args: got 3, expected a mapping such as {name: value}, with the blank",
         "k: got 1.5, expected from 0 to 1",
         "epochs: got 0, expected at least 1",
         "optimizer: got 'lion', expected one of sgd, adamw",
@@ -95,3 +97,12 @@ def test_every_setting_has_help_of_one_line():
     for item in TrainConfig.__dataclass_fields__.values():
         assert item.metadata["group"]
         assert 5 < len(item.metadata["help"]) < 80
+
+
+def test_who_trains_the_demo_network_on_other_pictures_is_told(tmp_path):
+    own = TrainConfig(data="csv", data_root=str(tmp_path))
+    told = [
+        introduction(config, "data", 3, torch.device("cpu"), 0)
+        for config in (own, dataclasses.replace(own, backbone="resnet18"), TrainConfig())
+    ]
+    assert ["--backbone NAME" in text for text in told] == [True, False, False]

@@ -44,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         usage="mlfast graph [KIND ROOT] [--split SPLIT] [--OPTION VALUE ...]",
         description="Show the label graph that graph branches use: an edge from one label to another where the second "
-        "is on at least the share --threshold of the images with the first. docs/models.md says how it is used. The options of mlfast data "
-        "check for the kind are taken too.",
+        "is on at least the share --threshold of the images with the first. docs/models.md says how it is used. The "
+        "options of mlfast data check for the kind are taken too.",
     )
     parser.add_argument("kind", nargs="?", default="digits", metavar="KIND", help="data set, as mlfast data  [digits]")
     parser.add_argument("root", nargs="?", metavar="ROOT", help="folder of the data set; none for digits")

@@ -61,7 +61,7 @@ def table(training: list[Row]) -> list[str]:
     titles += [title for _, title, _ in columns]
     lines = []
     for row in shown(training):
-        name = f"{row['op']}, {row['case'].removesuffix(' training').rstrip(',')}{rows.age(row)}"
+        name = f"{row['op']}, {name_of(row)}{rows.age(row)}"
         lines.append([name, *times(row["median_us"]), *(text(row) if key in row else "-" for key, _, text in columns)])
         for key, what in (("hot_us", "in a loop of its own"), ("kernel_us", "kernels alone")):
             if key in row:

@@ -18,6 +18,8 @@ from mlfast.evaluation.columns import Blocks, Column, Ranks, dense_blocks, map_c
 ArrayLike = torch.Tensor | np.ndarray
 F1_FORMS = ("harmonic", "macro", "sample")
 SCORES = ("mAP", "OP", "OR", "OF1", "CP", "CR", "CF1")  # of `MultilabelMetrics`, as tables show them
+# An unsigned target is read as signed: the largest number, as -1 becomes, is unknown.
+_SIGNED = {torch.uint8: torch.int8, torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 _BLOCK_ELEMENTS = 1 << 24  # of what is copied at once
 
 
@@ -228,7 +230,7 @@ def checked(scores: ArrayLike, targets: ArrayLike, name: str) -> tuple[torch.Ten
     """Both as tensors on one device, or a ValueError or TypeError that says what is wrong."""
     score = _tensor(scores, name)
     target = _tensor(targets, "targets").to(score.device)
-    target = target.view(torch.int8) if target.dtype == torch.uint8 else target  # 255, as -1 becomes, is unknown
+    target = target.view(_SIGNED.get(target.dtype, target.dtype))
     if score.ndim != 2:
         raise ValueError(
             f"{name}: got shape {tuple(score.shape)}, expected [images, classes]; reshape it, or add [None] to one row."
@@ -268,12 +270,17 @@ def checked_threshold(threshold: float | ArrayLike, score: torch.Tensor) -> torc
 
 
 def _tensor(values: ArrayLike, name: str) -> torch.Tensor:
-    if isinstance(values, torch.Tensor):
-        return values.detach()
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name}: got a masked array, whose mask would be lost; pass .filled(-1) for unknown targets.")
     if isinstance(values, np.ndarray):
         # torch takes neither read-only memory nor negative strides.
-        return torch.from_numpy(np.require(np.ascontiguousarray(values), requirements=["C", "W"]))
-    raise TypeError(f"{name}: got {type(values).__name__}, expected a torch tensor or a numpy array; wrap it in one.")
+        values = torch.from_numpy(np.require(np.ascontiguousarray(values), requirements=["C", "W"]))
+    elif not isinstance(values, torch.Tensor):
+        expected = "a torch tensor or a numpy array; wrap it in one."
+        raise TypeError(f"{name}: got {type(values).__name__}, expected {expected}")
+    if values.is_complex():
+        raise TypeError(f"{name}: got {values.dtype}, expected real numbers; pass .real or .abs().")
+    return values.detach()
 
 
 def check_options(*, interpolated: bool = False, f1: str = "harmonic", absent: str = "exclude") -> None:

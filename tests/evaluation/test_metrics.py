@@ -220,6 +220,23 @@ def test_lists_are_refused():
         average_precision([[0.1]], HARD)
 
 
+def test_a_mask_is_not_lost_and_imaginary_parts_neither():
+    with pytest.raises(TypeError, match=r"targets: got a masked array.*\.filled\(-1\)"):
+        average_precision(GOOD, np.ma.array(HARD.numpy(), mask=HARD.numpy() == 0))
+    with pytest.raises(TypeError, match=r"scores: got torch\.complex64, expected real numbers"):
+        average_precision(GOOD + 0j, HARD)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64"])
+def test_targets_of_wide_unsigned_integers_are_read_as_signed(dtype):
+    scores, targets = torch.rand(4, 3), torch.eye(4)[:, :3].numpy().astype(dtype)
+    unknown = np.where(np.arange(12).reshape(4, 3) % 5 == 1, -1, targets.astype("int64"))
+    expected = multilabel_metrics(scores, unknown)
+    assert multilabel_metrics(scores, unknown.astype(dtype)).as_dict() == expected.as_dict()
+    with pytest.raises(ValueError, match="targets: got values above 0 that are not 1"):
+        multilabel_metrics(scores, targets * np.array(2, dtype))
+
+
 # --------------------------------------------------------------------------- what others mean by the same names
 
 

@@ -1,6 +1,6 @@
 # make demo    train on the built-in pictures, then time the loss (the first time, with installing, five minutes or so)
 # make test    the whole test suite
-# make bench   every benchmark (about ten minutes on two cores); writes bench/results/, its report, and the README's tables
+# make bench   every benchmark (ten to fifteen minutes on two cores); writes bench/results/, its report, and the README's tables
 # make fuzz    ten thousand damaged image files through the reader (minutes)
 # make lint    ruff, mypy, clang-format
 # make sanitize   the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer

@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,11 +84,14 @@ def test_a_pipe_that_closes_early_is_no_error():
     assert run.stderr == ""
 
 
-def test_unknown_command(capsys):
+@pytest.mark.parametrize(
+    ("command", "hint"), [("tain", "did you mean train?"), ("findlr", "did you mean find-lr?"), ("xyz", "--help")]
+)
+def test_unknown_command(command, hint, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["tain"])
+        cli.main([command])
     assert stopped.value.code == 2
-    assert "invalid choice: 'tain'" in capsys.readouterr().err
+    assert re.search(f"'{command}' is no command; .*{re.escape(hint)}", capsys.readouterr().err)
 
 
 def test_train_help_fits_and_names_every_setting(capsys):

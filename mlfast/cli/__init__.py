@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
@@ -43,10 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
-    parser.add_argument("command", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS)
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     known = parser.parse_args(argv[:1])  # what follows belongs to the command
     if known.version:
         return _show_version()
+    if known.command and known.command not in COMMANDS:
+        near = difflib.get_close_matches(known.command, COMMANDS, n=1)
+        parser.error(
+            f"{known.command!r} is no command; " + (f"did you mean {near[0]}?" if near else "see mlfast --help")
+        )
     if known.command:
         return _run(known.command, argv[1:])
     parser.print_help()

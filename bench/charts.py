@@ -113,7 +113,7 @@ def summary(results: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _label(row: Row) -> str:
-    return f"{row['op']}, {row['case'].removesuffix(' training')}{rows.age(row)}"
+    return f"{row['op']}, {readme.name_of(row)}{rows.age(row)}"
 
 
 def save(figure: Figure, path: Path) -> None:
